@@ -1,0 +1,1 @@
+"""fxsparse: make neural networks sparse, and cash the sparsity in."""
