@@ -1,0 +1,149 @@
+"""Shared support: groups of rows that are alive on one set of positions."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fxsparse.errors import ConfigError
+from fxsparse.sparsity.counts import Target
+from fxsparse.sparsity.layout import LINEAR, Layout
+from fxsparse.sparsity.pattern import Pattern
+from fxsparse.sparsity.top_k import order_scores
+from fxsparse.sparsity.units import Pooling, Units
+
+
+class Positions(enum.Enum):
+    """What a position of a convolution is; for a linear layer both are the input feature."""
+
+    CHANNEL = "channel"  # an input channel with all its kernel offsets
+    ELEMENT = "element"  # an input channel at one kernel offset
+
+
+@dataclass(frozen=True)
+class SupportUnits(Units):
+    """Every group of rows is a segment, every position a unit."""
+
+    layout: Layout
+    group: int
+    positions: Positions
+    row_order: Int64[Tensor, " rows"] | None = field(default=None, compare=False)
+
+    def pool(self, scores: Tensor, pooling: Pooling = Pooling.RMS) -> Tensor:
+        """Float64 score of every position over the rows of its group (and the kernel), [groups, positions]."""
+        rows = self.rows(order_scores(scores)).double().contiguous()  # one memory layout, one rounding
+        summed = self.grouped(rows * rows if pooling is Pooling.RMS else rows).sum((1, 3))
+        if pooling is Pooling.SUM:
+            return summed
+        mean = summed / (self.group_sizes().to(summed.device)[:, None] * rows.shape[2])
+        return mean.sqrt() if pooling is Pooling.RMS else mean
+
+    def spread(self, chosen: Tensor) -> Tensor:
+        """[groups, positions] -> shape."""
+        matrix = chosen.repeat_interleave(self.group, 0)[..., None]
+        return self.from_rows(matrix.expand(-1, -1, self.numel // (self.width * self._rows)))
+
+    def collect(self, mask: Tensor) -> Tensor:
+        """Shape -> [groups, positions], read at the first row of each group."""
+        return self.rows(mask)[:: self.group, :, 0]
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """Shape -> [rows, positions, elements of a position in a row], rows in the row order."""
+        rows = self.layout.to_rows(tensor)
+        if self.positions is Positions.ELEMENT:
+            rows = rows.reshape(rows.shape[0], -1, 1)
+        return rows if self.row_order is None else rows.index_select(0, self.row_order.to(rows.device))
+
+    def group_sizes(self) -> Int64[Tensor, " segments"]:
+        """Rows of each group (CPU)."""
+        sizes = torch.full((self.segments,), self.group)
+        sizes[-1] = self._rows - (self.segments - 1) * self.group
+        return sizes
+
+    def alive_elements(self, target: float | Target) -> int:
+        """Exact: k positions in every row."""
+        return int(self.counts(target)[0]) * (self.numel // self.width)
+
+    def grouped(self, rows: Tensor) -> Tensor:
+        """[rows, ...] -> [segments, group, ...]; rows missing in the last group hold 0."""
+        missing = self.segments * self.group - rows.shape[0]
+        padded = pad(rows, (0, 0, 0, 0, 0, missing)) if missing else rows
+        return padded.reshape(self.segments, self.group, *rows.shape[1:])
+
+    @property
+    def _rows(self) -> int:
+        return self.layout.matrix_shape(self.shape)[0]
+
+    def from_rows(self, rows: Tensor) -> Tensor:
+        """Inverse of `rows`; rows beyond the last one are not read."""
+        count, inputs, kernel = self.layout.matrix_shape(self.shape)
+        matrix = rows[:count]
+        if self.row_order is not None:
+            matrix = matrix[self.row_order.to(matrix.device).argsort()]
+        return self.layout.from_rows(matrix.reshape(count, inputs, kernel), self.shape)
+
+
+@dataclass(frozen=True)
+class SharedSupport(Pattern):
+    """Rows in groups of `group`; all rows of a group are alive on the same k = K(F, s) positions.
+
+    k is the same for every group of the weight, so the alive values form one dense array [groups, group, k] and the
+    product becomes one gather and one batched product. The last group may have fewer rows.
+
+    Attributes:
+        group: Rows of a group, G.
+        positions: What a position of a convolution is.
+    """
+
+    group: int
+    positions: Positions = Positions.CHANNEL
+
+    def __post_init__(self) -> None:
+        if self.group < 1:
+            raise ConfigError(f"`group` (={self.group}) must be at least 1 row")
+
+    def units(self, shape: Sequence[int], layout: Layout = LINEAR, row_order: Tensor | None = None) -> SupportUnits:
+        """One segment per group of rows; `row_order` (default: natural) lists the rows, group after group."""
+        sizes = tuple(int(size) for size in shape)
+        rows, inputs, kernel = layout.matrix_shape(sizes)
+        if row_order is not None:
+            _check_permutation(row_order, rows)
+        width = inputs * kernel if self.positions is Positions.ELEMENT else inputs
+        group = min(self.group, rows)
+        return SupportUnits(sizes, math.ceil(rows / group), width, layout, group, self.positions, row_order)
+
+    def remark(self, shape: Sequence[int], layout: Layout = LINEAR) -> str | None:
+        """Names a smaller last group."""
+        rows = layout.matrix_shape(shape)[0]
+        left = rows % self.group
+        return f"the last group has {left} of {self.group} rows" if left and rows > self.group else None
+
+    def _check_counts(self, chosen: Tensor, units: Units) -> None:
+        alive = chosen.sum(1)
+        k = int(alive[0])
+        if k == 0:
+            raise ConfigError(f"`mask` breaks {self}: group 0 has no alive position; keep at least one")
+        broken = (alive != k).nonzero()
+        if broken.numel():
+            group = int(broken[0])
+            raise ConfigError(
+                f"`mask` breaks {self}: group {group} has {int(alive[group])} alive positions while group 0 has {k}; "
+                "every group must have the same number"
+            )
+
+
+def _check_permutation(row_order: Tensor, rows: int) -> None:
+    if row_order.dtype != torch.int64 or row_order.shape != (rows,):
+        raise ConfigError(
+            f"`row_order` of `dtype` (={row_order.dtype}) and `shape` (={tuple(row_order.shape)}) must be int64 of the "
+            f"{rows} rows"
+        )
+    if not torch.equal(row_order.sort().values, torch.arange(rows, device=row_order.device)):
+        raise ConfigError(f"`row_order` must list each of the {rows} rows once, as torch.randperm(rows) does")
