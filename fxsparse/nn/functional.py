@@ -1,0 +1,144 @@
+"""The masked weight, and the collector of the gradients that the mask hides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, MutableMapping
+from types import TracebackType
+
+import torch
+from jaxtyping import Bool, Shaped
+from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_collecting: tuple[DenseGradients, ...] = ()
+
+
+def masked_weight(weight: Shaped[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], sink: Tensor | None = None) -> Tensor:
+    """The weight with its dead entries read as exact zeros: where(mask, weight, 0).
+
+    The result equals `weight` bit for bit where the mask is True, whatever stands at dead entries (NaN included), and
+    the gradient that reaches `weight` is where(mask, G, 0) for the dense gradient G of the result. Tracers and
+    `TorchFunctionMode`s see one call of this function, not its body.
+
+    Args:
+        weight: The weight, any shape and floating or complex dtype.
+        mask: Bool, the shape of `weight`, True = alive.
+        sink: The mask tensor under which active `DenseGradients` file G; `mask` itself where it is not given.
+
+    Returns:
+        A tensor of the shape, dtype and strides of `weight`.
+    """
+    if has_torch_function_variadic(weight, mask):
+        extra = () if sink is None else (sink,)
+        masked: Tensor = handle_torch_function(masked_weight, (weight, mask), weight, mask, *extra)
+        return masked
+    result = torch.where(mask, weight, 0.0)
+    if _collecting:
+        _watch(result, mask if sink is None else sink)
+    return result
+
+
+@_disable_dynamo  # hooks on intermediates cannot be compiled: while a collector is active, the graph breaks here
+def _watch(result: Tensor, sink: Tensor) -> None:
+    # Inside a torch.func transform the gradient is a wrapper that must not outlive it; those callers hold G themselves.
+    if not result.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(result):
+        return
+    for collector in _collecting:
+        if collector.wants(sink):
+            result.register_hook(_Accumulate(collector, sink))  # type: ignore[no-untyped-call]  # untyped in torch
+
+
+class _Accumulate:
+    """Backward hook: adds the gradient to the sink, if the collector is still active."""
+
+    def __init__(self, collector: DenseGradients, sink: Tensor) -> None:
+        self.collector = collector
+        self.sink = sink
+
+    def __call__(self, gradient: Tensor) -> None:
+        if self.collector.active:
+            self.collector.add(self.sink, gradient)
+
+
+class DenseGradients:
+    """Collects G = dL/dW_eff for every position of masked weights, the dead ones included.
+
+    While it is active (between `start` and `stop`, or inside `with`), each forward through `masked_weight` leaves a
+    hook on its result, and each backward adds what arrives there: several uses of one weight and several micro-batches
+    add up. Weights whose gradient is masked at the parameter (`Guard.GRADIENT`) feed the same sinks. A forward that
+    runs while no collector is active pays nothing. The values are those of the backward pass: scaled, where a
+    `GradScaler` scales the loss, unclipped, and local to the process.
+
+    Masks are told apart by identity: read with the mask tensor that the model holds. Only `backward()` is seen, not
+    `torch.autograd.grad` on weights guarded at the parameter, nor `torch.func` transforms.
+
+    Args:
+        masks: The masks to collect for; all of them where it is not given.
+    """
+
+    def __init__(self, masks: Iterable[Tensor] | None = None) -> None:
+        self._wanted: MutableMapping[Tensor, bool] | None = None
+        if masks is not None:
+            self._wanted = WeakTensorKeyDictionary({mask: True for mask in masks})
+        self._sums: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
+        self._active = False
+
+    @property
+    def active(self) -> bool:
+        """Whether backward passes are being collected."""
+        return self._active
+
+    def start(self) -> None:
+        """Begin to collect; the sums so far stay. Does nothing when already active."""
+        global _collecting
+        if not self._active:
+            self._active = True
+            _collecting = (*_collecting, self)
+
+    def stop(self) -> None:
+        """Stop collecting; the sums stay readable. Does nothing when not active."""
+        global _collecting
+        self._active = False
+        _collecting = tuple(collector for collector in _collecting if collector is not self)
+
+    def wants(self, mask: Tensor) -> bool:
+        """Whether gradients under this mask are collected."""
+        return self._wanted is None or mask in self._wanted
+
+    @torch.no_grad()
+    def add(self, mask: Tensor, gradient: Tensor) -> None:
+        """Add a dense gradient, shaped like the mask, to the mask's sum."""
+        gradient = gradient.detach()
+        previous = self._sums.get(mask)
+        self._sums[mask] = gradient.clone() if previous is None else previous + gradient
+
+    @torch.no_grad()
+    def add_total(self, mask: Tensor, total: Tensor) -> None:
+        """Take a parameter's accumulated gradient, whose dead entries hold only what the last backward pass added."""
+        previous = self._sums.get(mask)
+        dead_sum = total if previous is None else previous + total
+        self._sums[mask] = torch.where(mask, total, dead_sum).detach()
+
+    def read(self, mask: Tensor) -> Tensor | None:
+        """The dense gradient collected under this very mask tensor, or None when none arrived."""
+        return self._sums.get(mask)
+
+    def clear(self) -> None:
+        """Forget the sums."""
+        self._sums = WeakTensorKeyDictionary()
+
+    def __enter__(self) -> DenseGradients:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def collecting() -> tuple[DenseGradients, ...]:
+    """The collectors that are active now."""
+    return _collecting
