@@ -188,6 +188,14 @@ def test_clipping_in_place_does_not_reach_the_sums():
     assert torch.equal(gradients.read(layer.weight_mask), expected)
 
 
+def test_sums_own_their_values():
+    weight, mask, upstream = torch.ones(3, requires_grad=True), torch.ones(3, dtype=torch.bool), torch.ones(3)
+    with DenseGradients() as gradients:
+        masked_weight(weight, mask).backward(upstream)
+    upstream.zero_()
+    assert torch.equal(gradients.read(mask), torch.ones(3))
+
+
 def test_selects_masks_and_nests():
     first, second = fnn.Linear(4, 4), fnn.Linear(4, 4)
     outer, inner = DenseGradients(), DenseGradients([second.weight_mask])

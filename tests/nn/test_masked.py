@@ -156,12 +156,12 @@ def test_sparse_checkpoints_reload_exactly_in_place(assign):
     fnn.set_masks(source, {"kernel": half(4, 3, seed=7), "child.weight": half(4, 3, seed=8)})
     fnn.install_mask(model, "kernel", PARAMETER)
     fnn.install_mask(model.child, "weight", PARAMETER)
-    buffer = model.kernel_mask
+    buffer, storage = model.kernel_mask, model.kernel_mask.data_ptr()
     stream = io.BytesIO()
     torch.save(source.state_dict(), stream)
     stream.seek(0)
     model.load_state_dict(torch.load(stream, weights_only=True), assign=assign)
-    assert model.kernel_mask is buffer
+    assert model.kernel_mask is buffer and buffer.data_ptr() == storage
     for name, value in source.state_dict().items():
         assert torch.equal(model.state_dict()[name], value)
     input = torch.randn(2, 4, dtype=torch.float64)

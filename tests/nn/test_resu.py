@@ -617,13 +617,14 @@ def test_a_whole_cycle_compiles_once():
     assert len(graphs) == 1
 
 
-def test_buffers_keep_their_storage_through_a_cycle():
+@pytest.mark.parametrize("assign", [False, True])
+def test_buffers_keep_their_storage_through_a_cycle(assign):
     unit = unit_in(Mode.DENSE)
     names = ("weight_mask", "weight_forward_mask", "weight_trainable")
     buffers = [(getattr(unit, name), getattr(unit, name).data_ptr()) for name in names]
     for act in ("set_mask", "enter_resu", "write_theta_", "commit", "clear_mask"):
         ACTS[act](unit)
-    unit.load_state_dict(unit_in(Mode.RESU).state_dict())
+    unit.load_state_dict(unit_in(Mode.RESU).state_dict(), assign=assign)
     for name, (buffer, storage) in zip(names, buffers, strict=True):
         assert getattr(unit, name) is buffer and buffer.data_ptr() == storage
 
