@@ -1,0 +1,158 @@
+"""Copies of a model: structural (tensors shared) and isolated (nothing that a run could change is shared)."""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Collection, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import fx, nn
+
+from fxsparse.errors import CaptureError
+from fxsparse.graph.captured import CapturedModule
+
+M = TypeVar("M", bound=nn.Module)
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def structural_clone(model: M) -> M:
+    """Copy the module tree and share every tensor.
+
+    Containers, plain attributes and hooks are fresh; parameters, buffers and tensors in plain attributes are the same
+    objects, so that an optimizer of `model` trains the clone as well, and ties and cross references survive.
+
+    Raises:
+        CaptureError: when an attribute cannot be copied, or a parameter has no shape yet (lazy modules).
+    """
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in _tensors(model)}
+    memo.update((id(module), module) for module in model.modules() if isinstance(module, torch.jit.ScriptModule))
+    return _copy(model, memo)
+
+
+def isolated_clone(model: M, copied: Collection[str] = ()) -> M:
+    """Copy the model for a run that must leave no trace.
+
+    Parameters are new objects without gradients and hooks that alias the storage of the originals (no memory), except
+    those named in `copied`, whose values are copied too; buffers are copied.
+
+    Args:
+        model: the model; it stays as it is.
+        copied: names of parameters into which the forward pass writes.
+
+    Raises:
+        CaptureError: as `structural_clone`.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    memo: dict[int, Any] = {}
+    for tensor in _tensors(model):
+        if isinstance(tensor, nn.Parameter):
+            memo[id(tensor)] = _alias(tensor, names.get(id(tensor), "") in copied)
+        elif not tensor.is_leaf or tensor.requires_grad:
+            memo[id(tensor)] = tensor.detach().clone()
+    return _copy(model, memo)
+
+
+def _alias(parameter: nn.Parameter, copied: bool) -> nn.Parameter:
+    value = parameter.detach().clone() if copied else parameter.detach()
+    alias = nn.Parameter(value, requires_grad=parameter.requires_grad)
+    alias.__dict__.update(parameter.__dict__)
+    return alias
+
+
+def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        for name, parameter in module._parameters.items():
+            if isinstance(parameter, nn.UninitializedParameter):
+                full = f"{path}.{name}".lstrip(".")
+                raise CaptureError(f"parameter `{full}` has no shape yet (lazy module): run one forward pass before")
+        for value in module.__dict__.values():
+            yield from _tensors_in(value)
+
+
+def _tensors_in(value: Any, depth: int = 3) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif depth and isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors_in(item, depth - 1)
+    elif depth and isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors_in(item, depth - 1)
+
+
+def _copy(model: M, memo: dict[int, Any]) -> M:
+    try:
+        with torch.no_grad():  # with gradients on, torch copies the parameters of scripted modules as non-leaf tensors
+            clone = copy.deepcopy(model, memo)
+    except CaptureError:
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"`{_culprit(model, memo)}` cannot be copied ({error}): remove it before, or define its `__deepcopy__`"
+        ) from error
+    for path, module in model.named_modules():  # torch's own GraphModule drops these when it is copied
+        if isinstance(module, fx.GraphModule) and not isinstance(module, CapturedModule):
+            twin = clone.get_submodule(path)
+            twin._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
+            for hooks in _HOOKS:
+                setattr(twin, hooks, copy.copy(getattr(module, hooks)))
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            for (_, old), (_, new) in zip(
+                module.named_parameters(), clone.get_submodule(path).named_parameters(), strict=True
+            ):
+                new.requires_grad_(old.requires_grad)
+    _rebind_hooks(clone, memo)
+    return clone
+
+
+def _rebind_hooks(clone: nn.Module, memo: dict[int, Any]) -> None:
+    """Let hooks that close over the original (``lambda m, i, o: self.features.append(o)``) see the copy instead."""
+    for module in clone.modules():
+        for hooks in _HOOKS:
+            table = module.__dict__.get(hooks) or {}
+            for key, hook in list(table.items()):
+                if isinstance(hook, types.FunctionType) and hook.__closure__:
+                    table[key] = _rebound(hook, memo)
+
+
+def _rebound(function: types.FunctionType, memo: dict[int, Any]) -> types.FunctionType:
+    closure = tuple(_rebound_cell(cell, memo) for cell in function.__closure__ or ())
+    code, names, defaults = function.__code__, function.__globals__, function.__defaults__
+    twin = types.FunctionType(code, names, function.__name__, defaults, closure)
+    twin.__kwdefaults__ = function.__kwdefaults__
+    twin.__dict__.update(function.__dict__)
+    return twin
+
+
+def _rebound_cell(cell: types.CellType, memo: dict[int, Any]) -> types.CellType:
+    try:
+        copied = memo.get(id(cell.cell_contents))
+    except ValueError:  # an empty cell
+        return cell
+    return cell if copied is None else types.CellType(copied)
+
+
+def _culprit(model: nn.Module, memo: dict[int, Any]) -> str:
+    for path, module in model.named_modules():
+        for name, value in module.__dict__.items():
+            if name == "_modules":
+                continue
+            try:
+                copy.deepcopy(value, dict(memo))
+            except Exception:
+                return f"{path}.{name}".lstrip(".")
+    return type(model).__name__

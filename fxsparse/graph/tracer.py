@@ -1,0 +1,242 @@
+"""Symbolic tracing that refuses whatever it cannot represent for all inputs and both modes."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.proxy import TraceError
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.utils import parametrize
+
+from fxsparse.graph.captured import CapturedModule, SignatureCodeGen
+from fxsparse.graph.guards import NOTHING, Untraceable, refusing_contexts, unchanged
+from fxsparse.graph.scopes import mode_of, preserved_rng, rng_fingerprint
+
+_OVERRIDES = (
+    "__call__",
+    "train",
+    "eval",
+    "_apply",
+    "state_dict",
+    "load_state_dict",
+    "_load_from_state_dict",
+    "_save_to_state_dict",
+    "get_extra_state",
+    "set_extra_state",
+    "named_parameters",
+    "parameters",
+    "named_buffers",
+    "named_modules",
+    "named_children",
+    "requires_grad_",
+    "zero_grad",
+    "__getattr__",
+    "__setattr__",
+    "__deepcopy__",
+    "__getstate__",
+    "__setstate__",
+    "__reduce__",
+    "__reduce_ex__",
+)
+_GRAPH_NAMES = frozenset(dir(CapturedModule)) - frozenset(dir(nn.Module)) | {"_graph", "_origin", "_code", "meta"}
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A graph that stands for its module in train and in eval mode, for any input.
+
+    `assumptions` are type tests on traced values: right only if the inputs' types are those of the example.
+    """
+
+    graph: fx.Graph
+    assumptions: tuple[str, ...]
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether `module` stays one node of the graph around it.
+
+    Leaves are torch's own modules, sparse modules, every kind of batch norm and dropout (their subclasses read the
+    mode), modules with hooks or parametrizations (tracing through would lose them), scripted and captured modules.
+    """
+    if isinstance(module, _NormBase | _DropoutNd | CapturedModule | torch.jit.ScriptModule):
+        return True
+    if any(kind.__module__.startswith("fxsparse.nn") for kind in type(module).__mro__):
+        return True
+    if has_hooks(module) or parametrize.is_parametrized(module) or is_compiled(module):
+        return True
+    return is_torch_layer(module)
+
+
+def is_torch_layer(module: nn.Module) -> bool:
+    """Whether the class of `module` comes with torch; containers that only call their children do not count."""
+    origin = type(module).__module__
+    return origin.startswith(("torch.nn.", "torch.ao.nn.")) and type(module) not in _CONTAINERS
+
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling `module` runs hooks."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `module` is the wrapper made by ``torch.compile``, or runs compiled code in its call."""
+    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def trace(module: nn.Module) -> Trace:
+    """Trace `module` if one graph is right for every input, in train and in eval mode.
+
+    `module` is run on symbolic values; its attributes and all global state are restored afterwards.
+
+    Raises:
+        Untraceable: with the reason and the mend.
+    """
+    _check_root(module)
+    with mode_of(module, True):
+        training = _trace_once(module)
+    with mode_of(module, False):
+        evaluation = _trace_once(module)
+    if _canonical(training.graph, {}) != _canonical(evaluation.graph, {}):
+        raise Untraceable(
+            "its graph differs between train and eval mode (it reads `self.training`)",
+            "use modules such as nn.Dropout instead of `F.dropout(training=self.training)`",
+        )
+    _check_optional_arguments(module, evaluation.graph)
+    for node in evaluation.graph.nodes:
+        node.type = None
+    evaluation.graph.set_codegen(SignatureCodeGen(inspect.signature(inspect.unwrap(type(module).forward))))
+    return evaluation
+
+
+class _Proxy(fx.Proxy):
+    """A proxy that notices `isinstance` tests made outside torch: they would see the proxy's type, not the value's."""
+
+    @property  # type: ignore[misc]  # the protocol of isinstance()
+    def __class__(self) -> type:
+        frame = sys._getframe(1)
+        caller = str(frame.f_globals.get("__name__", ""))
+        if not caller.startswith(("torch.", "fxsparse.graph")) or frame.f_code is torch.is_tensor.__code__:
+            tracer = object.__getattribute__(self, "tracer")
+            tracer.assumptions.append(f"a type test on `{self.node.name}` in {caller}.{frame.f_code.co_name}")
+        return type(self)
+
+
+class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.assumptions: list[str] = []
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return is_leaf(m)
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, torch.Tensor) and not isinstance(a, nn.Parameter) and a not in self.tensor_attrs:
+            if not any(a is buffer for buffer in self.root.buffers()):
+                raise Untraceable(
+                    f"it makes a tensor of shape {tuple(a.shape)} that would be frozen into the graph",
+                    "register it as a buffer, or derive it from an input",
+                )
+        return super().create_arg(a)
+
+
+def _check_root(module: nn.Module) -> None:
+    kind = type(module)
+    if "forward" in module.__dict__:
+        raise Untraceable("`forward` was replaced on the instance", "override it in a subclass")
+    for name in _OVERRIDES:
+        if inspect.getattr_static(kind, name, None) is not inspect.getattr_static(nn.Module, name, None):
+            raise Untraceable(f"its class overrides `{name}`, which a graph would lose", NOTHING)
+    if parametrize.is_parametrized(module):
+        raise Untraceable("it is parametrized", "remove the parametrizations before, then add them again")
+    if is_compiled(module) or isinstance(module, torch.jit.ScriptModule):
+        raise Untraceable("it is compiled or scripted", "pass the original module and compile afterwards")
+    owned = [*module.__dict__, *module._parameters, *module._buffers, *module._modules]
+    clash = sorted(_GRAPH_NAMES.intersection(owned)) if not isinstance(module, fx.GraphModule) else []
+    if clash:
+        raise Untraceable(f"its attribute `{clash[0]}` is a name that fx.GraphModule needs", "rename the attribute")
+
+
+def _trace_once(module: nn.Module, concrete: dict[str, Any] | None = None) -> Trace:
+    tracer = _Tracer()
+    with preserved_rng(), unchanged(module):
+        before = rng_fingerprint()
+        try:
+            with refusing_contexts():
+                graph = tracer.trace(module, concrete_args=concrete)
+        except Untraceable:
+            raise
+        except TraceError as error:
+            raise Untraceable(f"control flow on a traced value ({_first_line(error)})", NOTHING) from error
+        except Exception as error:  # user code may fail in any way on a symbolic value
+            raise Untraceable(f"{type(error).__name__}: {_first_line(error)}", NOTHING) from error
+        if rng_fingerprint() != before:
+            raise Untraceable("it draws random numbers in Python code", "draw them with torch functions of an input")
+    for node in graph.nodes:
+        if node.op == "placeholder" and any(isinstance(default, fx.Node) for default in node.args):
+            raise Untraceable(f"the default of argument `{node.target}` is a tensor", "pass it as a buffer")
+    return Trace(graph, tuple(dict.fromkeys(tracer.assumptions)))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+def _check_optional_arguments(module: nn.Module, graph: fx.Graph) -> None:
+    """`x is None` cannot be seen on a proxy: the graph must not depend on whether an optional argument is given."""
+    optional = [node.target for node in graph.nodes if node.op == "placeholder" and node.args == (None,)]
+    groups = [optional] if len(optional) < 2 else [optional, *([name] for name in optional)]
+    for names in groups if optional else []:
+        absent = dict.fromkeys(map(str, names))
+        try:
+            with mode_of(module, False):
+                other = _trace_once(module, dict(absent))
+        except Untraceable:
+            other = None
+        if other is None or _canonical(graph, absent) != _canonical(other.graph, absent):
+            raise Untraceable(
+                f"its graph depends on whether the optional argument `{names[0]}` is given",
+                "give the two cases a module each, or leave it: its submodules become graphs",
+            )
+
+
+def _canonical(graph: fx.Graph, absent: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """The nodes of `graph` as comparable data, independent of names; the arguments in `absent` count as None."""
+    index: dict[fx.Node, Any] = {}
+    lines: list[tuple[Any, ...]] = []
+    for node in graph.nodes:
+        if node.op == "placeholder" and any(node.target in (name, f"{name}_1") for name in absent):
+            index[node] = None
+            continue
+        if node.op == "call_function" and node.target is fx._symbolic_trace._assert_is_none:
+            continue
+        lines.append((node.op, node.target, repr(_numbered(node.args, index)), repr(_numbered(node.kwargs, index))))
+        index[node] = f"%{len(lines)}"
+    return lines
+
+
+def _numbered(value: Any, index: dict[fx.Node, Any]) -> Any:
+    if isinstance(value, fx.Node):
+        return index[value]
+    if isinstance(value, slice):
+        return slice(*(_numbered(item, index) for item in (value.start, value.stop, value.step)))
+    if isinstance(value, dict):
+        return {key: _numbered(item, index) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [type(value).__name__, *(_numbered(item, index) for item in value)]
+    return value
