@@ -1,0 +1,190 @@
+"""Example inputs as a flat list of tensors: names, the batch axis, and random inputs of the same kind."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fxsparse.errors import ConfigError, ExportError
+from fxsparse.graph import split_inputs
+
+_HOLE = object()
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """The tensors inside ``(args, kwargs)``, and the way back.
+
+    Attributes:
+        tensors: the tensors of the example in the order of the flattened ``(args, kwargs)``.
+        names: one valid, unique ONNX name for each tensor, from the parameter names of `forward`.
+        constants: ``name (=value)`` of every input that is no tensor; ONNX bakes these into the graph.
+        batched: positions in `tensors` whose axis 0 is the batch; empty when the batch size is fixed.
+        reason: why the batch size is fixed; empty when it is not.
+    """
+
+    tensors: tuple[Tensor, ...]
+    names: tuple[str, ...]
+    constants: tuple[str, ...]
+    batched: frozenset[int]
+    reason: str
+    _leaves: tuple[Any, ...]  # _HOLE where a tensor goes
+    _spec: pytree.TreeSpec
+
+    @property
+    def batch(self) -> int:
+        """Batch size of the example; 1 where no input has a batch axis."""
+        return int(self.tensors[min(self.batched)].shape[0]) if self.batched else 1
+
+    def build(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Put `tensors` in the places of the example's: ``(args, kwargs)``."""
+        given = iter(tensors)
+        leaves = [next(given) if leaf is _HOLE else leaf for leaf in self._leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self._spec)
+        return args, kwargs
+
+    def resized(self, size: int) -> list[Tensor]:
+        """The example at another batch size: its rows, repeated or cut."""
+        return [_rows(t, size) if i in self.batched else t.clone() for i, t in enumerate(self.tensors)]
+
+    def draw(self, size: int, generator: torch.Generator, width: float = 1.0) -> list[Tensor]:
+        """Random inputs of the example's kind at batch size `size`.
+
+        Floating inputs are normal with the example's mean and deviation times `width`; uniform over the example's range
+        where it has one sign, so that logarithms and roots stay defined. Integers and booleans are drawn from the
+        example's own values, so that they stay valid indices.
+        """
+        return [_like(t, generator, width) for t in self.resized(size)]
+
+    def fixed(self, reason: str) -> Inputs:
+        """The same inputs without a batch axis."""
+        return replace(self, batched=frozenset(), reason=reason)
+
+
+def read_inputs(model: nn.Module, example_inputs: Any) -> Inputs:
+    """Flatten `example_inputs`, on the CPU, and find the batch axis by running `model` on one more row.
+
+    Args:
+        model: the model in eval mode on the CPU; it is run without gradients.
+        example_inputs: a tuple of positional inputs, or ``(args, kwargs)``.
+
+    Raises:
+        ConfigError: when `example_inputs` is of another form.
+        ExportError: when the model fails on the example itself, or there is no tensor among the inputs.
+    """
+    args, kwargs = split_inputs(example_inputs)
+    paths, spec = pytree.tree_flatten_with_path((args, kwargs))
+    positional = _positional_names(model, args)
+    leaves = tuple(leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf for _, leaf in paths)
+    names = _unique([_name(path, positional) for path, _ in paths])
+    tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+    if not tensors:
+        raise ExportError("`example_inputs` holds no tensor: give the tensors that `forward` takes, `(x,)` for one")
+    inputs = Inputs(
+        tensors=tensors,
+        names=tuple(n for n, leaf in zip(names, leaves, strict=True) if isinstance(leaf, Tensor)),
+        constants=tuple(
+            f"`{name}` (={str(leaf)[:80]})"
+            for name, leaf in zip(names, leaves, strict=True)
+            if not isinstance(leaf, Tensor | None)
+        ),
+        batched=frozenset(),
+        reason="",
+        _leaves=tuple(_HOLE if isinstance(leaf, Tensor) else leaf for leaf in leaves),
+        _spec=spec,
+    )
+    failure = _failure(model, inputs, tensors)
+    if failure:
+        raise ExportError(f"the model fails on `example_inputs` ({failure}): give inputs that `forward` takes")
+    return _with_batch(model, inputs)
+
+
+def _with_batch(model: nn.Module, inputs: Inputs) -> Inputs:
+    sized = [i for i, t in enumerate(inputs.tensors) if t.ndim]
+    if not sized:
+        return inputs.fixed("no input has an axis")
+    size = inputs.tensors[sized[0]].shape[0]
+    if size == 0:
+        raise ConfigError("`example_inputs` has a batch of size 0: give at least one sample")
+    failure = ""
+    for choice in ([i for i in sized if inputs.tensors[i].shape[0] == size], sized[:1]):
+        tried = replace(inputs, batched=frozenset(choice))
+        failure = _failure(model, tried, tried.resized(size + 1))
+        if not failure:
+            return tried
+    return inputs.fixed(f"the model fails at batch size {size + 1}: {failure}")
+
+
+def _failure(model: nn.Module, inputs: Inputs, tensors: Sequence[Tensor]) -> str:
+    args, kwargs = inputs.build([tensor.clone() for tensor in tensors])
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except Exception as error:  # whatever the user's forward raises is the reason
+        return first_line(error)
+    return ""
+
+
+def first_line(error: BaseException) -> str:
+    """The type and the first line of an error that has one, at most 200 characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def _positional_names(model: nn.Module, args: tuple[Any, ...]) -> list[str]:
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    names = []
+    for i in range(len(args)):
+        variadic = next((p for p in parameters[: i + 1] if p.kind is p.VAR_POSITIONAL), None)
+        if variadic is not None:
+            names.append(f"{variadic.name}_{i - parameters.index(variadic)}")
+        else:
+            names.append(parameters[i].name if i < len(parameters) else f"input_{i}")
+    return names
+
+
+def _name(path: tuple[Any, ...], positional: list[str]) -> str:
+    keys = [str(getattr(k, "idx", getattr(k, "key", getattr(k, "name", k)))) for k in path]
+    first = positional[int(keys[1])] if keys[0] == "0" else keys[1]
+    return re.sub(r"\W", "_", "_".join([first, *keys[2:]]))
+
+
+def _unique(names: Sequence[str]) -> list[str]:
+    taken: list[str] = []
+    for name in names:
+        count, fresh = 1, name
+        while fresh in taken:
+            fresh, count = f"{name}_{count}", count + 1
+        taken.append(fresh)
+    return taken
+
+
+def _rows(tensor: Tensor, size: int) -> Tensor:
+    return tensor[torch.arange(size) % tensor.shape[0]].contiguous()
+
+
+def _like(example: Tensor, generator: torch.Generator, width: float) -> Tensor:
+    if not example.is_floating_point():
+        flat = example.flatten()
+        if not flat.numel() or example.is_complex():
+            return example
+        return flat[torch.randint(flat.numel(), example.shape, generator=generator)]
+    values = example.double()
+    finite = values[values.isfinite()]
+    low, high = (float(finite.min()), float(finite.max())) if finite.numel() else (0.0, 0.0)
+    if low == high == 0.0:
+        drawn = torch.randn(example.shape, generator=generator, dtype=torch.float64) * width
+    elif low < 0.0 < high:
+        noise = torch.randn(example.shape, generator=generator, dtype=torch.float64)
+        drawn = finite.mean() + finite.std(correction=0) * width * noise
+    else:
+        low, high = (low, high) if low < high else (min(0.0, 2 * low), max(0.0, 2 * low))
+        drawn = low + (high - low) * torch.rand(example.shape, generator=generator, dtype=torch.float64)
+    return drawn.to(example.dtype)

@@ -1,0 +1,128 @@
+"""What an exported file says about itself: masks, densities and provenance, as JSON in `metadata_props`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxsparse import __version__
+from fxsparse.errors import ExportError
+from fxsparse.exporters.placement import Placement
+from fxsparse.graph import graphs_of, provenance
+from fxsparse.nn import MaskedWeight
+from fxsparse.sparsity import Mask, MaskSet
+
+SCHEMA = "fxsparse.onnx/1"
+_PREFIX = "fxsparse."
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One masked weight.
+
+    Attributes:
+        name: name of the parameter.
+        shape: its shape.
+        alive: number of alive entries.
+        numel: number of entries.
+        pattern: its pattern, as written in Python.
+        route: where the mask took effect in training.
+        initializers: initializers of the file that store it, each with the order of its axes there.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    alive: int
+    numel: int
+    pattern: str
+    route: str
+    initializers: Mapping[str, tuple[int, ...]]
+
+    @property
+    def density(self) -> float:
+        """Alive fraction, in [0, 1]."""
+        return self.alive / self.numel if self.numel else 1.0
+
+
+def layers_of(weights: Mapping[str, MaskedWeight], placements: Sequence[Placement]) -> tuple[Layer, ...]:
+    """One row for each masked weight, in the order of the model."""
+    return tuple(
+        Layer(
+            name=name,
+            shape=tuple(weight.weight.shape),
+            alive=int(weight.mask.sum()),
+            numel=weight.mask.numel(),
+            pattern=str(weight.spec.pattern),
+            route=weight.spec.route.value,
+            initializers={p.initializer: p.axes for p in placements if p.weight == name},
+        )
+        for name, weight in weights.items()
+    )
+
+
+def digest_of(weights: Mapping[str, MaskedWeight]) -> str:
+    """SHA-256 over names, shapes and bits of all masks, as in a ticket."""
+    return MaskSet({name: Mask(weight.mask) for name, weight in weights.items()}).digest()
+
+
+def describe(model: nn.Module, layers: Sequence[Layer], digest: str, batch: str) -> dict[str, str]:
+    """The entries of `metadata_props`: plain text, equal for equal models and versions.
+
+    Args:
+        model: the model before its masks were folded; the records on its graph nodes are kept.
+        layers: its masked weights.
+        digest: `digest_of` its masks.
+        batch: "dynamic", or the fixed size.
+    """
+    records = [
+        {"graph": path, "node": node.name, "pass": record.pass_name, "what": record.what, "source": record.source}
+        for path, graph_module in graphs_of(model).items()
+        for node in graph_module.graph.nodes
+        if (record := provenance.read(node)) is not None
+    ]
+    alive, numel = sum(layer.alive for layer in layers), sum(layer.numel for layer in layers)
+    entries = {
+        "schema": SCHEMA,
+        "version": __version__,
+        "torch": torch.__version__,
+        "batch": batch,
+        "layers": _json([asdict(layer) | {"density": layer.density} for layer in layers]),
+        "density": _json(alive / numel if numel else 1.0),
+        "mask_digest": digest,
+        "provenance": _json(records),
+    }
+    return {_PREFIX + key: value for key, value in entries.items()}
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What fxsparse wrote into an ONNX file.
+
+    Returns:
+        ``schema``, ``version``, ``torch``, ``batch``, ``mask_digest`` (text), ``density`` (float), ``layers`` (a dict
+        for each masked weight: name, shape, alive, numel, density, pattern, route, initializers) and ``provenance`` (a
+        dict for each graph node that a pass made: graph, node, pass, what, source).
+
+    Raises:
+        ExportError: when the file cannot be read, or was not written by fxsparse.
+    """
+    import onnx
+
+    try:
+        props = {p.key: p.value for p in onnx.load(os.fspath(path), load_external_data=False).metadata_props}
+    except Exception as error:  # the parser's own error shares no base class with OSError
+        message = f"`path` (={path}) cannot be read as ONNX ({type(error).__name__}): export it again"
+        raise ExportError(message) from error
+    found = {key.removeprefix(_PREFIX): value for key, value in props.items() if key.startswith(_PREFIX)}
+    if found.get("schema") != SCHEMA:
+        raise ExportError(f"`path` (={path}) has no metadata of schema {SCHEMA}: it was not written by this fxsparse")
+    return found | {key: json.loads(found[key]) for key in ("layers", "density", "provenance")}
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
