@@ -1,1 +1,89 @@
-"""fxsparse: make neural networks sparse, and cash the sparsity in."""
+"""fxsparse: make neural networks sparse, and cash the sparsity in.
+
+The face of the library: every public name, re-exported explicitly. What is more than errors is imported on first use, so
+that ``import fxsparse`` costs little beyond ``import torch``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fxsparse.errors import CaptureError as CaptureError
+from fxsparse.errors import ConfigError as ConfigError
+from fxsparse.errors import DataError as DataError
+from fxsparse.errors import ExportError as ExportError
+from fxsparse.errors import FxSparseError as FxSparseError
+from fxsparse.errors import PassError as PassError
+from fxsparse.errors import TicketError as TicketError
+
+if TYPE_CHECKING:
+    from fxsparse import exporters as exporters
+    from fxsparse import graph as graph
+    from fxsparse import lottery as lottery
+    from fxsparse import nn as nn
+    from fxsparse import passes as passes
+    from fxsparse import planning as planning
+    from fxsparse import sparsity as sparsity
+    from fxsparse import testing as testing
+    from fxsparse import training as training
+    from fxsparse.exporters import ExportReport as ExportReport
+    from fxsparse.exporters import Target as Target
+    from fxsparse.exporters import export_onnx as export_onnx
+    from fxsparse.lottery import Ticket as Ticket
+    from fxsparse.lottery import load_ticket as load_ticket
+    from fxsparse.lottery import save_ticket as save_ticket
+    from fxsparse.nn import masks as masks
+    from fxsparse.nn import set_masks as set_masks
+    from fxsparse.planning import Plan as Plan
+    from fxsparse.planning import finalize as finalize
+    from fxsparse.planning import plan as plan
+    from fxsparse.planning import sparsity_report as sparsity_report
+    from fxsparse.planning import transform as transform
+    from fxsparse.sparsity import ERK as ERK
+    from fxsparse.sparsity import Block as Block
+    from fxsparse.sparsity import Channel as Channel
+    from fxsparse.sparsity import ConstantFanIn as ConstantFanIn
+    from fxsparse.sparsity import Custom as Custom
+    from fxsparse.sparsity import Global as Global
+    from fxsparse.sparsity import NByM as NByM
+    from fxsparse.sparsity import SharedSupport as SharedSupport
+    from fxsparse.sparsity import Uniform as Uniform
+    from fxsparse.sparsity import Unstructured as Unstructured
+    from fxsparse.training import GMP as GMP
+    from fxsparse.training import SET as SET
+    from fxsparse.training import Handle as Handle
+    from fxsparse.training import RigL as RigL
+    from fxsparse.training import Static as Static
+    from fxsparse.training import attach as attach
+
+__version__ = "0.1.0"
+
+_NAMES = {
+    "exporters": ("ExportReport", "Target", "export_onnx"),
+    "lottery": ("Ticket", "load_ticket", "save_ticket"),
+    "nn": ("masks", "set_masks"),
+    "planning": ("Plan", "plan", "transform", "finalize", "sparsity_report"),
+    "sparsity": (
+        *("Unstructured", "NByM", "Block", "Channel", "ConstantFanIn", "SharedSupport"),
+        *("Uniform", "ERK", "Global", "Custom"),
+    ),
+    "training": ("Static", "GMP", "SET", "RigL", "Handle", "attach"),
+}
+_HOMES = {name: home for home, names in _NAMES.items() for name in names}
+_PACKAGES = ("exporters", "graph", "lottery", "nn", "passes", "planning", "sparsity", "testing", "training")
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use."""
+    if name in _PACKAGES:
+        return importlib.import_module(f"fxsparse.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fxsparse' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"fxsparse.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES, *_PACKAGES})

@@ -1,0 +1,94 @@
+"""Functional uses of a weight read it through a mask node."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+
+from torch import fx, nn
+
+from fxsparse.errors import ConfigError, PassError
+from fxsparse.graph import edit
+from fxsparse.nn import Guard, MaskSpec, Route, install_mask, mask_name, mask_spec, masked_weight
+from fxsparse.passes.infra import Pass
+from fxsparse.passes.places import owner_of
+from fxsparse.passes.snapshot import graphs_of
+from fxsparse.passes.structure import check_same_names
+
+
+class InsertMasks(Pass):
+    """Puts `masked_weight(weight, weight_mask)` behind the reads of a parameter, in every graph.
+
+    1. The parameter gets a mask, beside it in the module that holds it; the mask is all True.
+    2. Each `get_attr` of the parameter, under any of its names: a read of the mask and the mask node are born behind
+       it, and all readers of the weight read the masked one.
+    3. A read that feeds a mask node already stays.
+
+    Args:
+        specs: Parameter name -> its mask's spec, of `Route.MASK_NODE`.
+    """
+
+    def __init__(self, specs: Mapping[str, MaskSpec]) -> None:
+        self.specs = dict(specs)
+
+    @property
+    def targets(self) -> Collection[str]:
+        """The parameters' names."""
+        return tuple(self.specs)
+
+    def requires(self, module: nn.Module) -> None:
+        """Each target is a parameter without a mask, and each spec belongs to this route."""
+        for name, spec in self.specs.items():
+            owner, attribute = owner_of(module, name)
+            if spec.route is not Route.MASK_NODE or spec.guard is not Guard.FORWARD:
+                raise ConfigError(f"`route` of `{name}` (={spec.route}) must be Route.MASK_NODE with Guard.FORWARD")
+            if mask_spec(owner, attribute) is not None:
+                raise ConfigError(f"`{name}` has a mask already")
+
+    def call(self, module: nn.Module) -> bool:
+        """Install and insert, in the order of the targets."""
+        for name, spec in self.specs.items():
+            owner, attribute = owner_of(module, name)
+            if mask_spec(owner, attribute) is not None:  # one module under several names
+                self.record(name, "masked under another name of its module")
+                continue
+            install_mask(owner, attribute, spec)  # case 1
+            count = sum(self._insert(found, read, name) for found, read in list(_reads(module, owner, attribute)))
+            if count == 0:
+                raise PassError(f"`{name}` is read by no graph; mask it at the parameter")
+            self.record(name, f"{count} mask node{'s' if count > 1 else ''}, {spec.pattern}")
+        return bool(self.specs)
+
+    def _insert(self, module: fx.GraphModule, read: fx.Node, name: str) -> int:
+        if any(user.target is masked_weight and user.args[0] is read for user in read.users):  # case 3
+            return 0
+        mask = edit.insert_get_attr(
+            module, mask_name(str(read.target)), pass_name=self.name, what="reads the mask", source=name, after=read
+        )
+        masked = edit.insert_call(
+            module.graph,
+            masked_weight,
+            (read, mask),
+            pass_name=self.name,
+            what="masks the weight",
+            source=name,
+            after=mask,
+        )
+        edit.replace_uses(read, masked)  # case 2
+        return 1
+
+    def ensures(self, before: nn.Module, after: nn.Module) -> None:
+        """Same parameters under the same names; of the buffers, only masks are new."""
+        check_same_names(before, after, [mask_name(name) for name in self.specs])
+
+
+def _reads(module: nn.Module, owner: nn.Module, attribute: str) -> Iterator[tuple[fx.GraphModule, fx.Node]]:
+    """Every node that reads `attribute` of `owner`, with its graph."""
+    for found in graphs_of(module).values():
+        targets = {
+            f"{path}.{attribute}" if path else attribute
+            for path, child in found.named_modules(remove_duplicate=False)
+            if child is owner
+        }
+        for node in found.graph.nodes:
+            if node.op == "get_attr" and str(node.target) in targets:
+                yield found, node

@@ -1,0 +1,66 @@
+"""Weights used inside code that cannot be rewritten are masked at the parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from torch import nn
+
+from fxsparse.errors import ConfigError
+from fxsparse.nn import Guard, MaskSpec, Route, install_mask, mask_name, mask_spec, set_guard
+from fxsparse.passes.infra import Pass
+from fxsparse.passes.places import owner_of
+from fxsparse.passes.structure import check_same_names
+
+
+class MaskParameters(Pass):
+    """Guards parameters: dead entries are zero, and their gradient is masked after each backward pass.
+
+    1. A parameter without a mask gets one, beside it in the module that holds it.
+    2. A parameter whose module was swapped or whose graph uses are masked, but which is read elsewhere too: its guard
+       changes, its route stays.
+
+    Args:
+        specs: Parameter name -> its mask's spec, of `Guard.GRADIENT`.
+    """
+
+    def __init__(self, specs: Mapping[str, MaskSpec]) -> None:
+        self.specs = dict(specs)
+
+    @property
+    def targets(self) -> Collection[str]:
+        """The parameters' names."""
+        return tuple(self.specs)
+
+    def requires(self, module: nn.Module) -> None:
+        """Each target is a parameter, and each spec guards the gradient."""
+        for name, spec in self.specs.items():
+            owner_of(module, name)
+            if spec.guard is not Guard.GRADIENT:
+                raise ConfigError(f"`guard` of `{name}` (={spec.guard}) must be Guard.GRADIENT")
+
+    def call(self, module: nn.Module) -> bool:
+        """Install and guard, in the order of the targets."""
+        modified = False
+        for name, spec in self.specs.items():
+            owner, attribute = owner_of(module, name)
+            present = mask_spec(owner, attribute)
+            if present is None:  # case 1
+                if spec.route is not Route.PARAMETER:
+                    raise ConfigError(
+                        f"`route` of `{name}` (={spec.route}) must be Route.PARAMETER: it has no mask yet"
+                    )
+                install_mask(owner, attribute, spec)
+                self.record(name, f"masked at the parameter, {spec.pattern}")
+                modified = True
+            elif present.guard is not Guard.GRADIENT:  # case 2
+                set_guard(owner, attribute, Guard.GRADIENT)
+                self.record(name, "read outside its module too: its gradient is masked")
+                modified = True
+            else:
+                self.record(name, "guarded already: one module under several names")
+        return modified
+
+    def ensures(self, before: nn.Module, after: nn.Module) -> None:
+        """Same parameters under the same names; of the buffers, only masks are new."""
+        check_same_names(before, after, [mask_name(name) for name in self.specs])

@@ -1,0 +1,87 @@
+"""Where a parameter or a module stands in a model, and putting another one there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from fxsparse.errors import ConfigError
+
+_CONTAINERS = ("_parameters", "_buffers", "_modules")
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """A parameter's name as (path of its module, attribute)."""
+    path, _, attribute = name.rpartition(".")
+    return path, attribute
+
+
+def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds a parameter, and the attribute.
+
+    Raises:
+        ConfigError: the model has no parameter of that name.
+    """
+    path, attribute = split_name(name)
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        module = None
+    if module is None or attribute not in dict(module.named_parameters(recurse=False, remove_duplicate=False)):
+        raise ConfigError(f"`{name}` is not a parameter of the model")
+    return module, attribute
+
+
+def places_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """First name of each parameter, in the order of `named_parameters` -> all its names."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {found[0]: tuple(found) for found in names.values()}
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> int:
+    """Put `new` wherever `old` stands below the root: as a submodule, or in containers among plain attributes.
+
+    Returns:
+        The number of places in the module tree.
+    """
+    count = 0
+    for holder in list(model.modules()):
+        for name, child in holder._modules.items():
+            if child is old:
+                holder._modules[name] = new
+                count += 1
+    _replace_in_attributes(model, old, new)
+    return count
+
+
+def replace_parameter(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
+    """Put `new` at every name of `old`, and in containers among plain attributes, as recurrent layers keep them."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is old:
+                module._parameters[name] = new
+    _replace_in_attributes(model, old, new)
+
+
+def _replace_in_attributes(model: nn.Module, old: object, new: object) -> None:
+    for holder in model.modules():
+        for name, value in holder.__dict__.items():
+            if name not in _CONTAINERS:
+                holder.__dict__[name] = _replaced(value, old, new)
+
+
+def _replaced(value: Any, old: object, new: object, depth: int = 3) -> Any:
+    if value is old:
+        return new
+    if not depth:
+        return value
+    if type(value) is list:
+        value[:] = [_replaced(item, old, new, depth - 1) for item in value]
+    elif type(value) is dict:
+        value.update({key: _replaced(item, old, new, depth - 1) for key, item in value.items()})
+    elif type(value) is tuple and any(item is old for item in value):
+        return tuple(new if item is old else item for item in value)
+    return value

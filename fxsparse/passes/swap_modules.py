@@ -1,0 +1,73 @@
+"""Linear and convolution modules become sparse modules."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from torch import nn
+
+from fxsparse.errors import ConfigError
+from fxsparse.graph import provenance
+from fxsparse.nn import SPARSE_TYPES, MaskSpec, Route, mask_name
+from fxsparse.passes.infra import Pass
+from fxsparse.passes.places import owner_of, replace_module, split_name
+from fxsparse.passes.snapshot import graphs_of
+from fxsparse.passes.structure import check_same_names
+
+
+class SwapModules(Pass):
+    """Replaces modules of exactly a torch Linear, Conv or ConvTranspose class by their sparse counterparts.
+
+    1. A module: the sparse one takes over its parameters, buffers, hooks, mode and attributes; its mask is all True.
+    2. A module that stands at several places: one sparse module at all of them.
+    3. The graph nodes that call it stay; they are stamped.
+
+    Args:
+        specs: Name of the module's parameter ("path.weight") -> its mask's spec, of `Route.MODULE`.
+    """
+
+    def __init__(self, specs: Mapping[str, MaskSpec]) -> None:
+        self.specs = dict(specs)
+
+    @property
+    def targets(self) -> Collection[str]:
+        """The parameters' names."""
+        return tuple(self.specs)
+
+    def requires(self, module: nn.Module) -> None:
+        """Each target is the `weight` of a module below the root, of exactly a class that has a sparse counterpart."""
+        for name, spec in self.specs.items():
+            owner, attribute = owner_of(module, name)
+            if spec.route is not Route.MODULE:
+                raise ConfigError(f"`route` of `{name}` (={spec.route}) must be Route.MODULE")
+            if owner is module:
+                raise ConfigError(f"`{name}` belongs to the root, which cannot be replaced; mask it at the parameter")
+            if type(owner) not in SPARSE_TYPES or attribute != "weight":
+                known = ", ".join(kind.__name__ for kind in SPARSE_TYPES)
+                raise ConfigError(f"`{name}` belongs to a {type(owner).__name__}, which is not exactly one of {known}")
+
+    def call(self, module: nn.Module) -> bool:
+        """Swap, in the order of the targets."""
+        swapped: dict[int, str] = {}
+        for name, spec in self.specs.items():
+            dense, _ = owner_of(module, name)
+            if id(dense) in swapped:  # case 2
+                self.record(name, f"one module with `{swapped[id(dense)]}`")
+                continue
+            sparse = SPARSE_TYPES[type(dense)].from_dense(dense, spec)
+            replace_module(module, dense, sparse)  # case 1
+            swapped[id(sparse)] = name
+            self._stamp_calls(module, split_name(name)[0], sparse)
+            self.record(name, f"{type(dense).__name__} -> sparse {type(sparse).__name__}, {spec.pattern}")
+        return bool(swapped)
+
+    def _stamp_calls(self, module: nn.Module, source: str, sparse: nn.Module) -> None:
+        for found in graphs_of(module).values():
+            paths = [path for path, child in found.named_modules(remove_duplicate=False) if child is sparse]
+            for path in paths:
+                for node in found.graph.find_nodes(op="call_module", target=path):  # case 3
+                    provenance.stamp(node, self.name, "swapped", source)
+
+    def ensures(self, before: nn.Module, after: nn.Module) -> None:
+        """Same parameters under the same names; of the buffers, only masks are new."""
+        check_same_names(before, after, [mask_name(name) for name in self.specs])

@@ -1,0 +1,322 @@
+"""What a transform would do to every weight of a model, and doing it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from fxsparse.errors import ConfigError, PassError
+from fxsparse.graph import Refusal, capture, isolated_clone
+from fxsparse.nn import Guard, MaskSpec, Route, masked_weights, set_masks, tie_masks
+from fxsparse.passes import (
+    FoldMasks,
+    InsertMasks,
+    MaskParameters,
+    Pass,
+    Pipeline,
+    PipelineResult,
+    SwapModules,
+    verify_equal,
+)
+from fxsparse.planning.checks import check_model, check_options, check_values, quantised_parts
+from fxsparse.planning.choose import choose
+from fxsparse.planning.routing import Weight, describe_weights
+from fxsparse.planning.select import Selector
+from fxsparse.planning.table import format_table
+from fxsparse.sparsity import (
+    ConstantFanIn,
+    Distribution,
+    Layout,
+    Magnitude,
+    Pattern,
+    SharedSupport,
+    Target,
+    Uniform,
+    Unstructured,
+    WeightSpec,
+    check_sparsity,
+)
+
+UNSTRUCTURED: Pattern = Unstructured()
+UNIFORM: Distribution = Uniform()
+
+ROUTES = (Route.MODULE, Route.MASK_NODE, Route.PARAMETER)
+"""Routes in the order in which a weight with several names is described by one of them."""
+
+RECORD = "_fxsparse_plan"
+"""Attribute of a transformed model that holds the `WeightPlan` of each of its weights."""
+
+
+@dataclass(frozen=True)
+class WeightPlan:
+    """What a transform does to one weight.
+
+    Attributes:
+        name: Its first name.
+        shape: Its shape.
+        route: Where its mask takes effect (the first of `ROUTES` among its names); None when it gets no mask.
+        guard: What keeps dead entries out of the training; None when it gets no mask.
+        layout: Its output and input axes; None when they are not known.
+        pattern: Which masks are legal; None when it gets no mask.
+        target: What it keeps; None when it gets no mask.
+        uses: Where it is used, as "op in module".
+        reason: Why it is masked so, or why it is not.
+        specs: Each of its names -> the spec of the mask there.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    route: Route | None
+    guard: Guard | None
+    layout: Layout | None
+    pattern: Pattern | None
+    target: Target | None
+    uses: tuple[str, ...] = ()
+    reason: str = ""
+    specs: Mapping[str, MaskSpec] = field(default_factory=dict, repr=False)
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The whole transform of a model, decided but not done.
+
+    Attributes:
+        weights: Every parameter of at least two axes, and whatever else was asked for, in the order of
+            `named_parameters`.
+        refusals: What stays Python instead of a graph, and why.
+        sparsity: The global dead fraction asked for.
+        captured: The model as captured; it shares all tensors with the model that was planned.
+        example_inputs: The example inputs, or None.
+    """
+
+    weights: tuple[WeightPlan, ...]
+    refusals: tuple[Refusal, ...]
+    sparsity: float
+    captured: nn.Module = field(repr=False)
+    origin: nn.Module = field(repr=False)
+    example_inputs: Any = field(default=None, repr=False)
+
+    @property
+    def masked(self) -> tuple[WeightPlan, ...]:
+        """The weights that get a mask."""
+        return tuple(weight for weight in self.weights if weight.route is not None)
+
+    def pipeline(self, stop_after: str | None = None) -> Pipeline:
+        """The passes that carry the plan out; masks are all True after them."""
+        by_route = {route: self._specs(route) for route in Route}
+        guarded = {
+            name: spec
+            for weight in self.masked
+            for name, spec in weight.specs.items()
+            if spec.guard is Guard.GRADIENT and spec.route is not Route.PARAMETER
+        }
+        passes: list[Pass] = [
+            SwapModules(_unguarded(by_route[Route.MODULE])),
+            InsertMasks(_unguarded(by_route[Route.MASK_NODE])),
+            MaskParameters({**guarded, **by_route[Route.PARAMETER]}),
+        ]
+        return Pipeline(passes, stop_after)
+
+    def _specs(self, route: Route) -> dict[str, MaskSpec]:
+        named = ((name, spec) for weight in self.masked for name, spec in weight.specs.items())
+        return {name: spec for name, spec in named if spec.route is route}
+
+    def stages(self, stop_after: str | None = None) -> PipelineResult:
+        """Run the passes, and `fold_masks` behind them, on a copy and keep every stage, for looking at.
+
+        Args:
+            stop_after: Name of the last pass to run; all run by default.
+
+        Raises:
+            ConfigError: no pass has the name `stop_after`.
+        """
+        pipeline = Pipeline([*self.pipeline().passes, FoldMasks()], stop_after)
+        return pipeline(isolated_clone(self.captured))
+
+    def apply(self, inplace: bool = False) -> nn.Module:
+        """Carry the plan out.
+
+        Args:
+            inplace: The result shares parameters and buffers with the planned model (an optimizer of it stays valid,
+                and its dead weights become zero); else it has copies and the planned model stays as it was.
+
+        Returns:
+            The sparse model: the same parameter names, masks inside. Its function was compared with the planned model
+            on the example inputs while all masks were still True.
+
+        Raises:
+            PassError: a rewrite broke its contract.
+        """
+        names = [name for name, _ in self.origin.named_parameters(remove_duplicate=False)]
+        source = self.captured if inplace else isolated_clone(self.captured, copied=names)
+        result = self.pipeline()(source).module
+        tie_masks(result)
+        self._verify(source, result)
+        set_masks(result, self._initial_masks(result))
+        result.__dict__[RECORD] = self.weights
+        return result
+
+    def _verify(self, source: nn.Module, result: nn.Module) -> None:
+        """Compare the result with the planned model; on a difference find the pass that made it."""
+        if self.example_inputs is None:
+            return
+        try:
+            found = verify_equal(self.origin, result, self.example_inputs)
+        except PassError as error:
+            self.pipeline()(source, self.example_inputs)
+            raise PassError(f"transform: {error}") from error
+        if not found.compared:
+            warnings.warn(f"transform: the result could not be compared with the model: {found.notes[0]}", stacklevel=3)
+
+    def _initial_masks(self, model: nn.Module) -> dict[str, Tensor]:
+        """Magnitude masks with the planned counts."""
+        masks = {}
+        saliency = Magnitude()
+        weights = masked_weights(model)
+        for plan in self.masked:
+            assert plan.pattern is not None and plan.target is not None
+            if plan.target.alive == plan.numel or plan.target.sparsity == 0.0:
+                continue
+            score = saliency.score(weights[plan.name].weight.detach())
+            masks[plan.name] = plan.pattern.mask(score, plan.target, plan.layout or Layout(), saliency.pooling)
+        return masks
+
+    def __str__(self) -> str:
+        header = ("weight", "shape", "route", "pattern", "sparsity", "alive", "uses", "reason")
+        rows = [_row(weight) for weight in self.weights]
+        lines = [format_table(header, rows), ""]
+        total, alive = sum(w.numel for w in self.masked), sum(w.target.alive for w in self.masked if w.target)
+        lines.append(
+            f"{len(self.masked)} of {len(self.weights)} weights masked; {alive} of {total} elements alive in them"
+        )
+        lines += [
+            f"stays Python: {refusal.path or 'the root'}: {refusal.reason}; {refusal.mend}" for refusal in self.refusals
+        ]
+        return "\n".join(lines)
+
+
+def _unguarded(specs: Mapping[str, MaskSpec]) -> dict[str, MaskSpec]:
+    return {name: replace(spec, guard=Guard.FORWARD) for name, spec in specs.items()}
+
+
+def _row(weight: WeightPlan) -> tuple[str, ...]:
+    shape = "x".join(map(str, weight.shape))
+    uses = ", ".join(weight.uses[:2]) + (f" and {len(weight.uses) - 2} more" if len(weight.uses) > 2 else "")
+    if weight.route is None or weight.target is None:
+        return weight.name, shape, "-", "-", "-", "-", uses, weight.reason
+    route = weight.route.value + ("*" if weight.guard is Guard.GRADIENT and weight.route is not Route.PARAMETER else "")
+    target = weight.target
+    return (
+        weight.name,
+        shape,
+        route,
+        str(weight.pattern),
+        f"{target.sparsity:.4g}",
+        str(target.alive),
+        uses,
+        weight.reason,
+    )
+
+
+def plan(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    sparsity: float = 0.0,
+    pattern: Pattern = UNSTRUCTURED,
+    distribution: Distribution = UNIFORM,
+    include: Selector | Iterable[Selector] | None = None,
+    exclude: Selector | Iterable[Selector] | None = None,
+    fisher: object = None,
+) -> Plan:
+    """Decide for every weight whether and how it is masked; the model stays as it is.
+
+    Sparsified by default: weights of linear and (transposed) convolution layers, attention projections, and parameters
+    of at least two axes that linear, convolution or matrix-product functions use. Not sparsified unless asked for:
+    biases, norms, embeddings, recurrent weights, depthwise convolutions. Initial masks keep the largest magnitudes.
+
+    Args:
+        model: Any module.
+        example_inputs: A tuple of positional inputs, or (args, kwargs). One run on them tells every use of every
+            weight; without them only module types and what can be traced without running is known.
+        sparsity: Dead fraction in [0, 1).
+        pattern: Which masks are legal.
+        distribution: How the sparsity is shared among the weights.
+        include: What to mask instead of the default: parameter names, module paths, globs over either, module types, or
+            functions of (name, parameter, module). A parameter of fewer than two axes must be named in full.
+        exclude: What to leave out, written in the same ways.
+        fisher: Fisher information to score by; not available in this version.
+
+    Raises:
+        ConfigError: an option out of range, a selector that names nothing, a wrapped or already masked model, no weight
+            to mask, a weight that was asked for and cannot be masked, a pattern that does not fit a weight.
+        CaptureError: a scripted model, or one that cannot be copied.
+        DataError: a chosen weight holds NaN or infinity.
+    """
+    check_sparsity(sparsity)
+    check_options(pattern, distribution, fisher)
+    check_model(model)
+    captured = capture(model, example_inputs)
+    weights = describe_weights(model, captured)
+    chosen = choose(model, weights, include, exclude)
+    check_values([weight for weight in weights if weight.name in chosen], sparsity)
+    targets = _targets(weights, chosen, sparsity, pattern, distribution)
+    plans = tuple(_planned(weight, chosen, pattern, targets) for weight in weights if _shown(weight, chosen))
+    refusals = (*captured.refusals, *quantised_parts(model))
+    return Plan(plans, refusals, float(sparsity), captured.module, model, example_inputs)
+
+
+def _targets(
+    weights: Sequence[Weight], chosen: frozenset[str], sparsity: float, pattern: Pattern, distribution: Distribution
+) -> dict[str, Target]:
+    specs, scores = [], {}
+    for weight in weights:
+        if weight.name not in chosen:
+            continue
+        layout = weight.layout
+        if layout is None:
+            if isinstance(pattern, ConstantFanIn | SharedSupport):
+                raise ConfigError(
+                    f"`pattern` (={pattern}) needs outputs and inputs of `{weight.name}` {weight.shape}, whose uses do "
+                    "not tell them; use Unstructured() or exclude it"
+                )
+            layout = Layout()
+        specs.append(WeightSpec(weight.name, weight.shape, layout, pattern))
+        if sparsity > 0:
+            scores[weight.name] = Magnitude().score(weight.parameter.detach())
+    try:
+        return distribution.targets(specs, sparsity, scores)
+    except ConfigError as error:
+        hint = "; or leave the weight out with `exclude`" if str(error).startswith("weight `") else ""
+        raise ConfigError(f"{error}{hint}") from error
+
+
+def _shown(weight: Weight, chosen: frozenset[str]) -> bool:
+    return weight.name in chosen or len(weight.shape) >= 2
+
+
+def _planned(weight: Weight, chosen: frozenset[str], pattern: Pattern, targets: Mapping[str, Target]) -> WeightPlan:
+    if weight.name not in chosen:
+        reason = weight.refusal or ("left out by include or exclude" if weight.default else weight.reason)
+        return WeightPlan(weight.name, weight.shape, None, None, weight.layout, None, None, weight.uses, reason)
+    layout = weight.layout or Layout()
+    specs = {name: MaskSpec(pattern, layout, route, guard) for name, (route, guard) in weight.routes.items()}
+    first = min(specs.values(), key=lambda spec: ROUTES.index(spec.route))
+    reason = weight.reason
+    remark = pattern.remark(weight.shape, layout) if pattern is not None else None
+    if remark:
+        reason = f"{reason}; {remark}"
+    target = targets[weight.name]
+    return WeightPlan(
+        weight.name, weight.shape, first.route, first.guard, weight.layout, pattern, target, weight.uses, reason, specs
+    )
