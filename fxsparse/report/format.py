@@ -74,3 +74,13 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     whole = round(seconds)
     return f"{whole // 60} min {whole % 60:02d} s"
+
+
+def clock(seconds: float) -> str:
+    """Seconds as minutes:seconds.
+
+    >>> clock(7.2), clock(3725)
+    ('0:07', '62:05')
+    """
+    whole = round(seconds)
+    return f"{whole // 60}:{whole % 60:02d}"

@@ -67,12 +67,15 @@ class SeedResult(Record):
 
 
 class Result(Record):
-    """One row of the final table: a method on a network."""
+    """One row of the final table: a method on a network.
+
+    `alive` counts of `parameters` what no mask holds at zero, biases and normalisation included; `sparsity` is that of
+    the prunable weights alone. Multiply-accumulates are those of one sample, effective ones averaged over the seeds.
+    """
 
     method: str
     sparsity: Share
     alive: Count
-    prunable: Count
     parameters: Count
     macs_dense: Count
     macs_effective: Count
@@ -97,7 +100,7 @@ class Metrics(Record):
         data: name of the data set, sizes and fingerprint, as text pairs.
         settings: what was run, as text pairs.
         environment: versions and machine, as text pairs.
-        seconds: wall time of the run in seconds.
+        seconds: wall time in seconds of the call that wrote this; work found done is not in it.
         networks: the results.
     """
 
@@ -112,7 +115,7 @@ class Metrics(Record):
 
 def write_metrics(metrics: Metrics, path: str | os.PathLike[str]) -> None:
     """Write `metrics` as JSON, atomically: a temporary file beside the target, then a rename."""
-    text = json.dumps(metrics.model_dump(by_alias=True), indent=2, sort_keys=True, allow_nan=False)
+    text = json.dumps(metrics.model_dump(by_alias=True), indent=2, allow_nan=False)
     write_atomically(Path(path), text + "\n")
 
 

@@ -42,7 +42,7 @@ def render_page(metrics: Metrics) -> str:
     subtitle = f"{metrics.data.get('name', '')} · {len(metrics.networks)} networks · {_seeds(metrics)}"
     return template.PAGE.format(
         title=escape(metrics.title),
-        subtitle=escape(f"{subtitle} · {text.duration(metrics.seconds)}"),
+        subtitle=escape(subtitle),
         css=template.CSS,
         plotly=get_plotlyjs(),
         body="\n".join([_results(metrics), *networks, _setup(metrics)]),
@@ -98,8 +98,8 @@ def _cards(network: Network) -> str:
     cards += [(_test(result), f"{result.method} at {text.percent(result.sparsity, 0)} sparsity") for result in sparse]
     if sparse:
         smallest = min(sparse, key=lambda result: result.alive)
-        alive = f"{text.count(smallest.alive)} / {text.count(smallest.prunable)}"
-        cards.append((alive, "prunable weights alive"))
+        alive = f"{text.count(smallest.alive)} / {text.count(smallest.parameters)}"
+        cards.append((alive, "parameters alive"))
         cards.append(
             (
                 f"{text.short_count(2 * smallest.macs_effective)} / {text.short_count(2 * smallest.macs_dense)}",
@@ -141,7 +141,7 @@ def _results(metrics: Metrics) -> str:
             "<section><h2>Results</h2>",
             '<p class="lead">± is the standard deviation over seeds. FLOPs = 2 x multiply-accumulates of one sample; '
             "effective counts alive weights only. Worst |Δ| is the largest difference between onnxruntime and "
-            "PyTorch on random inputs.</p>",
+            "PyTorch in float64 on random inputs.</p>",
             f'<div class="scroll"><table id="results"><thead>{_cells(COLUMNS, "th")}</thead>',
             f"<tbody>{''.join(body)}</tbody></table></div>",
             f'<ol class="notes">{listed}</ol></section>',
@@ -155,7 +155,7 @@ def _setup(metrics: Metrics) -> str:
     for title, pairs in groups:
         entries = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in pairs.items())
         parts.append(f"<h3>{title}</h3><dl>{entries}</dl>")
-    return "".join([*parts, "</section>"])
+    return "".join([*parts, f'<p class="lead">The last call took {text.duration(metrics.seconds)}.</p></section>'])
 
 
 def _cells(values: Iterable[str], tag: str = "td", row_class: str = "") -> str:

@@ -87,8 +87,14 @@ def _merged(cells: tuple[str, ...]) -> tuple[str, ...]:
     """Dense and sparse side by side in one cell, without the units that the heads name."""
     method, sparsity, accuracy, alive, dense, effective, file, before, after, worst, note = cells
     flops = f"{dense}→{effective}".replace(" ", "")
-    values = (sparsity.replace(" ", ""), accuracy.removesuffix(" %"), alive, flops, file.replace(" ", ""))
-    return (method, *values, f"{before}→{after}", worst, note)
+    values = (
+        sparsity.replace(" ", ""),
+        accuracy.removesuffix(" %").replace(" ", ""),
+        alive,
+        flops,
+        file.replace(" ", ""),
+    )
+    return (method, *values, f"{before}→{after}", worst, note.replace(") ", ","))
 
 
 def _row(network: Network, result: Result, notes: list[str]) -> Row:

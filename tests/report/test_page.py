@@ -14,7 +14,7 @@ import pytest
 from report_examples import example_metrics
 
 from fxsparse.errors import ConfigError
-from fxsparse.report import Metrics, render_page, write_metrics, write_report
+from fxsparse.report import Metrics, read_metrics, render_page, write_metrics, write_report
 from fxsparse.report.charts import density_heat_map, latencies, latency_bars, sparsity_accuracy
 from fxsparse.report.metrics import Network
 
@@ -133,3 +133,29 @@ def test_page_draws_in_a_real_browser_without_a_network(tmp_path: Path) -> None:
     assert len(re.findall(r'class="[^"]*js-plotly-plot', dom)) == 6
     assert dom.count('class="heatmaplayer') >= 2 and len(re.findall(r'class="points"', dom)) >= 4
     assert "96.0 ± 0.4 %" in dom
+
+
+def test_intervals_stay_below_100_percent_and_the_last_tick_is_the_target() -> None:
+    data = example_metrics()["networks"][1]
+    for result in data["results"][1:]:
+        result["sparsity"] = 0.8999
+        for seed in result["seeds"]:
+            seed["val_accuracy"] = 0.99 + 0.005 * seed["seed"]
+    data["rounds"][-1]["global_sparsity"] = 0.8999
+    figure = sparsity_accuracy(Network.model_validate(data))
+    traces = {trace["name"]: trace for trace in figure["data"]}
+    star = traces["RigL (exported)"]
+    assert star["y"][0] + star["error_y"]["array"][0] == pytest.approx(100)
+    assert star["error_y"]["arrayminus"][0] == pytest.approx(4.303 * 0.5 / 3**0.5)
+    assert traces["IMP (exported)"]["error_y"]["visible"] is False  # its interval is the end of the band
+    assert all(max(trace["y"]) <= 100 for trace in figure["data"])
+    assert figure["layout"]["xaxis"]["ticktext"][-1] == "90 %"
+
+
+def test_layers_keep_the_order_of_the_model(tmp_path: Path) -> None:
+    data = example_metrics()
+    for entry in data["networks"][0]["rounds"]:
+        entry["per_layer_sparsity"] = dict(reversed(entry["per_layer_sparsity"].items()))
+    write_metrics(Metrics.model_validate(data), tmp_path / "m.json")
+    first = read_metrics(tmp_path / "m.json").networks[0]
+    assert density_heat_map(first)["data"][0]["y"] == ["output.weight", "fc1.weight"]

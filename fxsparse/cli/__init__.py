@@ -1,0 +1,5 @@
+"""The command line: `fxsparse demo`, `imp`, `transform-report`, `show`, `export`."""
+
+from __future__ import annotations
+
+from fxsparse.cli.app import main as main
