@@ -25,7 +25,7 @@ from fxsparse.exporters.verify import Parity, Verification, feed_of, size_of
 from fxsparse.exporters.verify import verify as verify_session
 from fxsparse.graph import count, isolated_clone, preserved_rng
 from fxsparse.nn import MaskedWeight, MaskOwner, masked_weights
-from fxsparse.transform import finalize
+from fxsparse.planning import finalize
 
 _LARGEST = 2**31 - 1  # bytes that one protobuf message can hold
 _FASTER = 1.05  # speedups below this are noise

@@ -18,7 +18,7 @@ from fxsparse.errors import ConfigError, ExportError
 from fxsparse.exporters import Target, Verification, export_onnx
 from fxsparse.nn import RESULinear
 from fxsparse.sparsity import Unstructured
-from fxsparse.transform import transform
+from fxsparse.planning import transform
 
 X = torch.linspace(-1, 1, 8).reshape(2, 4)
 

@@ -20,7 +20,7 @@ from fxsparse.exporters import ExportReport, export_onnx, read_metadata
 from fxsparse.models import lenet_300_100, small_conv_net
 from fxsparse.nn import masks
 from fxsparse.sparsity import Mask, MaskSet, NByM, SharedSupport
-from fxsparse.transform import transform
+from fxsparse.planning import transform
 
 
 class Functional(nn.Module):

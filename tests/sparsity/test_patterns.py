@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
+from itertools import permutations, product
 
 import pytest
 import torch
@@ -203,6 +203,27 @@ def test_masks_do_not_depend_on_memory_layout_or_dtype(
     assert torch.equal(pattern.mask(scores.double(), sparsity, layout, pooling), expected)
     padded = torch.stack([scores, scores + 1], -1)[..., 0]
     assert torch.equal(pattern.mask(padded, sparsity, layout, pooling), expected)
+
+
+@pytest.mark.parametrize(
+    "pattern", [Channel(0), Channel(1), Block(5, 7), SharedSupport(16), SharedSupport(16, Positions.ELEMENT)]
+)
+@pytest.mark.parametrize("shape", [(67, 90, 3, 5), (400, 300), (30, 20, 50)])
+def test_pooled_scores_are_the_same_bits_on_any_memory_layout_and_thread_count(
+    pattern: Pattern, shape: tuple[int, ...]
+) -> None:
+    scores = torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    units = pattern.units(scores.shape)
+    expected = units.pool(scores)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            for order in permutations(range(len(shape))):
+                strided = scores.permute(order).contiguous().permute([order.index(axis) for axis in range(len(shape))])
+                assert torch.equal(units.pool(strided), expected), (count, order)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(), Channel(0), Block(2, 3), ConstantFanIn(), SharedSupport(2)])

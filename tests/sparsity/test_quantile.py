@@ -144,6 +144,15 @@ def test_one_pass_bounds_value_and_rank(values: list[float], data: st.DataObject
     assert (found.total, found.dead) == (len(ordered), dead)
 
 
+@pytest.mark.parametrize("exact", [-INF, INF, -1.0, 1.0, -1.00001, 3e38, -3e38, 1.2e-38, 0.0, -0.0, -1e-45])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_pass_errs_towards_zero(exact: float, dtype: torch.dtype) -> None:
+    scores = torch.tensor([exact, INF], dtype=dtype)
+    found = one_pass_threshold([scores], 1, dtype=dtype)
+    exact = float(scores[0])
+    assert found.value == exact or (abs(found.value) <= abs(exact) and found.value * exact >= 0)
+
+
 def test_one_pass_of_nothing_pruned() -> None:
     found = one_pass_threshold([torch.arange(5.0)], 0)
     assert (found.value, found.low, found.high) == (-INF, 0, 0)

@@ -39,6 +39,9 @@ def test_poolings() -> None:
     assert units.pool(scores, Pooling.MEAN).tolist() == [[2, 2], [5, 0]]
     assert torch.allclose(units.pool(scores, Pooling.RMS), torch.tensor([[5**0.5, 2.0], [5.0, 0.0]]).double())
     assert SharedSupport(3).mask(scores, 0.5, pooling=Pooling.RMS)[0].tolist() == [True, False]
+    conv = torch.tensor([[[1.0, 3.0]], [[5.0, 7.0]]])  # two rows, one channel, two kernel offsets
+    pooled = [SharedSupport(2).units((2, 1, 2)).pool(conv, pooling).tolist() for pooling in Pooling]
+    assert pooled == [[[21**0.5]], [[4.0]], [[16.0]]]
     squares = torch.tensor([[2.0, 0.0], [2.0, 3.0]])  # the mean prefers column 0, the root mean square column 1
     assert SharedSupport(2).mask(squares, 0.5, pooling=Pooling.MEAN)[0].tolist() == [True, False]
     assert SharedSupport(2).mask(squares, 0.5, pooling=Pooling.RMS)[0].tolist() == [False, True]
