@@ -1,7 +1,7 @@
 """fxsparse: make neural networks sparse, and cash the sparsity in.
 
-The face of the library: every public name, re-exported explicitly. What is more than errors is imported on first use, so
-that ``import fxsparse`` costs little beyond ``import torch``.
+The face of the library: every public name, re-exported explicitly. What is more than an error is imported on first use,
+so that ``import fxsparse`` costs little beyond ``import torch``.
 """
 
 from __future__ import annotations

@@ -1,0 +1,328 @@
+"""Tickets: masks, the weights to retrain them from, and where they came from."""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fxsparse.errors import ConfigError, TicketError
+from fxsparse.lottery.model_state import ModelState
+from fxsparse.lottery.ticket_file import FORMAT, VERSION, TicketReader, tensor_row, write_ticket
+from fxsparse.nn import Guard, MaskSpec, Route, install_mask, masked_weights, set_masks, tie_masks
+from fxsparse.nn import masks as live_masks
+from fxsparse.sparsity import Mask, MaskSet, Unstructured
+
+TRUSTED = "fxsparse.models:"
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A winning ticket, read and checked.
+
+    Attributes:
+        path: the ticket directory.
+        manifest: everything but the tensors, as written.
+        masks: bool masks by parameter name, True = alive.
+        weights: all parameters and buffers at the start (initialisation or rewind step), dense.
+        final: all parameters and buffers after training, or None.
+        optimizer: optimizer state tensors by parameter and slot (may be empty).
+    """
+
+    path: Path
+    manifest: Mapping[str, Any]
+    masks: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor]
+    final: Mapping[str, Tensor] | None
+    optimizer: Mapping[str, Mapping[str, Tensor]]
+
+    @property
+    def ticket_id(self) -> str:
+        """SHA-256 that names the content: the same on any machine."""
+        return str(self.manifest["ticket_id"])
+
+    @property
+    def lineage(self) -> Mapping[str, Any]:
+        """Parent, round, method, rates, seed and policies."""
+        lineage: Mapping[str, Any] = self.manifest["lineage"]
+        return lineage
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        """What was measured when the ticket was saved."""
+        metrics: Mapping[str, Any] = self.manifest["metrics"]
+        return metrics
+
+    @property
+    def alive(self) -> int:
+        """Alive weights over all masks."""
+        return MaskSet(self.masks).alive
+
+    @property
+    def numel(self) -> int:
+        """Weights over all masks."""
+        return MaskSet(self.masks).numel
+
+    @property
+    def sparsity(self) -> float:
+        """Dead fraction over all masks."""
+        return 1 - self.alive / self.numel if self.numel else 0.0
+
+    def apply(self, model: nn.Module, *, final: bool = False) -> nn.Module:
+        """Load weights and masks into a model, in place.
+
+        Weights that have no mask yet get one at the parameter: dead entries are zero and stay zero in any training.
+        Nothing changes before all checks have passed.
+
+        Args:
+            model: the model that was saved, before or after `transform`.
+            final: load the trained weights instead of those to retrain from.
+
+        Returns:
+            the model.
+
+        Raises:
+            TicketError: names, shapes or dtypes do not fit, the model has a mask that the ticket lacks, or `final`
+                weights are asked for and the ticket has none.
+        """
+        values = self.final if final else self.weights
+        if values is None:
+            raise TicketError(f"{self.path}: the ticket has no `final` weights; retrain it, or save it with final=True")
+        where, live = str(self.path), ModelState.of(model)
+        rows = {row["name"]: row for row in self.manifest["weights"]["tensors"]}
+        live.check_fits(rows, where)
+        if dict(live.aliases) != self.manifest["weights"]["aliases"]:
+            ties = self.manifest["weights"]["aliases"]
+            raise TicketError(f"{where}: `aliases` (={ties}) differ from the model's ties {dict(live.aliases)}")
+        self._check_masks(model, live)
+        missing = [name for name in self.masks if name not in live_masks(model)]
+        for name in missing:
+            install_parameter_mask(model, name)
+        if missing:
+            tie_masks(model)
+        with torch.no_grad():
+            for name, tensor in live.tensors.items():
+                tensor.copy_(values[name])
+        set_masks(model, self.masks)
+        return model
+
+    def _check_masks(self, model: nn.Module, live: ModelState) -> None:
+        present = masked_weights(model)
+        if extra := sorted(set(present) - set(self.masks)):
+            raise TicketError(f"{self.path}: the model's masked weight `{extra[0]}` has no mask in the ticket")
+        for name in self.masks:
+            if name not in live.parameters:
+                raise TicketError(f"{self.path}: mask `{name}` has no parameter in the model; build the saved model")
+            if name in present:
+                try:
+                    present[name].check(self.masks[name])
+                except ConfigError as error:
+                    raise TicketError(f"{self.path}: {error}") from error
+
+    def build(self) -> nn.Module:
+        """A fresh model from the factory that the manifest names, dense.
+
+        Only factories of `fxsparse.models` are called; a ticket must not run foreign code.
+
+        Raises:
+            TicketError: the ticket names no factory, or another one.
+        """
+        model = self.manifest["model"]
+        factory = model.get("factory")
+        if not isinstance(factory, str) or not factory.startswith(TRUSTED):
+            raise TicketError(f"{self.path}: `factory` (={factory}) is not one of fxsparse.models; build the model")
+        name = factory.removeprefix(TRUSTED)
+        build = getattr(importlib.import_module("fxsparse.models"), name, None) if name.isidentifier() else None
+        if build is None or name.startswith("_"):
+            raise TicketError(f"{self.path}: `factory` (={factory}) does not exist in this version of fxsparse")
+        with torch.random.fork_rng():
+            built: nn.Module = build(**model.get("arguments", {}))
+        return built
+
+    def example_inputs(self, batch: int = 2) -> tuple[Tensor, ...]:
+        """Zeros of the shapes that the manifest's input signature says; a null size is the batch.
+
+        Raises:
+            TicketError: the ticket has no input signature.
+        """
+        signature = self.manifest["model"].get("input_signature")
+        if not signature:
+            raise TicketError(f"{self.path}: `input_signature` (={signature}) is missing; give example inputs yourself")
+        sizes = [[batch if size is None else size for size in row["shape"]] for row in signature]
+        return tuple(
+            torch.zeros(size, dtype=getattr(torch, row["dtype"])) for size, row in zip(sizes, signature, strict=True)
+        )
+
+
+def install_parameter_mask(model: nn.Module, name: str) -> None:
+    """Give the parameter `name` of any model an all-alive mask at the parameter."""
+    owner, _, attribute = name.rpartition(".")
+    spec = MaskSpec(Unstructured(), route=Route.PARAMETER, guard=Guard.GRADIENT)
+    install_mask(model.get_submodule(owner), attribute, spec)
+
+
+def save_ticket(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+    step: int = 0,
+    final: bool | None = None,
+    optimizer: Optimizer | None = None,
+    lineage: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    factory: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    input_signature: tuple[Tensor, ...] | None = None,
+) -> Ticket:
+    """Write the masks and weights of a model as a ticket directory, atomically.
+
+    Args:
+        model: a model with masks.
+        path: the directory to make, by custom ``NAME.ticket``.
+        weights: the values to retrain from, for all parameters and persistent buffers (`model.state_dict()` taken
+            then will do); by default the model's present ones.
+        step: the step k that `weights` are of; 0 is initialisation.
+        final: add the model's present values as the trained ones; by default when `weights` are given.
+        optimizer: add its state of the model's parameters.
+        lineage: parent, round, method, seed, rates (as text) and policies.
+        metrics: what was measured (not part of the ticket's id).
+        factory: ``module:function`` that builds the model.
+        arguments: keyword arguments of the factory.
+        input_signature: example inputs, of which shapes and dtypes are written, the first size as the batch.
+
+    Returns:
+        the ticket, read back and checked.
+
+    Raises:
+        ConfigError: the model has no masks.
+        TicketError: values are missing, of another shape or not finite, or the path exists or cannot be written.
+    """
+    state = ModelState.of(model)
+    masks = {name: Mask(mask.detach().cpu().clone()) for name, mask in live_masks(model).items()}
+    if not masks:
+        raise ConfigError("`model` has no masks; transform it first, or prune it")
+    kind = "init" if step == 0 else "rewind"
+    starts = _values(state, weights)
+    tensors = {f"mask/{name}": mask.pack() for name, mask in masks.items()}
+    tensors |= {f"{kind}/{name}": tensor for name, tensor in starts.items()}
+    if final if final is not None else weights is not None:
+        tensors |= {f"final/{name}": tensor for name, tensor in _values(state, None).items()}
+    if optimizer is not None:
+        tensors |= _optimizer_tensors(state, optimizer)
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": {
+            "factory": factory,
+            "arguments": dict(arguments or {}),
+            "graph_hash": state.graph_hash(),
+            "input_signature": _signature(input_signature),
+        },
+        "masks": [
+            {
+                "name": name,
+                "shape": list(mask.shape),
+                "numel": mask.numel,
+                "alive": mask.alive,
+                "sha256": mask.sha256(name),
+            }
+            for name, mask in masks.items()
+        ],
+        "weights": {
+            "kind": kind,
+            "k": step,
+            "tensors": [tensor_row(state.row(name), starts[name]) for name in starts],
+            "aliases": dict(state.aliases),
+        },
+        "lineage": {"parent": None, "round": None, "method": None, "seed": None, **(lineage or {})},
+        "metrics": dict(metrics or {}),
+        "environment": _environment(next(iter(state.tensors.values())).device),
+    }
+    write_ticket(Path(path), tensors, manifest)
+    return load_ticket(path)
+
+
+def load_ticket(path: str | Path, parent: Ticket | None = None) -> Ticket:
+    """Read a ticket directory; everything is checked before anything is returned.
+
+    Args:
+        path: the ticket directory.
+        parent: the ticket of the round before, to check the lineage and that no weight came back to life.
+
+    Raises:
+        TicketError: missing, truncated, altered or malformed; the message names file, tensor and value.
+    """
+    reader = TicketReader(Path(path))
+    manifest = reader.manifest()
+    tensors = reader.tensors(manifest)
+    masks, weights = reader.masks(manifest, tensors), reader.weights(manifest, tensors)
+    final, optimizer = reader.final(manifest, tensors), reader.optimizer(manifest, tensors)
+    known = {f"mask/{name}" for name in masks} | {f"{manifest['weights']['kind']}/{name}" for name in weights}
+    known |= {f"final/{name}" for name in final or {}}
+    known |= {f"optim/{name}/{slot}" for name, slots in optimizer.items() for slot in slots}
+    reader.check_no_others(tensors, known)
+    ticket = Ticket(Path(path), manifest, masks, weights, final, optimizer)
+    if parent is not None:
+        _check_parent(ticket, parent)
+    return ticket
+
+
+def _check_parent(ticket: Ticket, parent: Ticket) -> None:
+    if ticket.lineage.get("parent") != parent.ticket_id:
+        said = ticket.lineage.get("parent")
+        raise TicketError(f"{ticket.path}: `parent` (={said}) is not the ticket {parent.ticket_id} at {parent.path}")
+    if set(ticket.masks) != set(parent.masks):
+        names = sorted(set(ticket.masks) ^ set(parent.masks))
+        raise TicketError(f"{ticket.path}: masks {names} are not in both the ticket and its parent")
+    for name, mask in ticket.masks.items():
+        if mask.shape != parent.masks[name].shape or bool((mask & ~parent.masks[name]).any()):
+            raise TicketError(f"{ticket.path}: mask `{name}` is not a subset of its parent's at {parent.path}")
+
+
+def _values(state: ModelState, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    result = {}
+    for name, live in state.tensors.items():
+        if given is not None and name not in given:
+            raise TicketError(f"`weights` lack tensor `{name}`; give all parameters and persistent buffers")
+        value = (live if given is None else given[name]).detach().cpu().clone()
+        if value.shape != live.shape or value.dtype != live.dtype:
+            raise TicketError(f"`weights` tensor `{name}` (={value.dtype} {list(value.shape)}) is not like the model's")
+        result[name] = value
+    return result
+
+
+def _optimizer_tensors(state: ModelState, optimizer: Optimizer) -> dict[str, Tensor]:
+    return {
+        f"optim/{name}/{slot}": value.detach().cpu().clone()
+        for name in state.tensors
+        if name in state.parameters
+        for slot, value in optimizer.state.get(state.tensors[name], {}).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _signature(inputs: tuple[Tensor, ...] | None) -> list[dict[str, Any]] | None:
+    if inputs is None:
+        return None
+    return [{"shape": [None, *x.shape[1:]], "dtype": str(x.dtype).removeprefix("torch.")} for x in inputs]
+
+
+def _environment(device: torch.device) -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {
+        "fxsparse": version("fxsparse"),
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "device": device.type,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }

@@ -1,0 +1,95 @@
+"""Attaching a method to a model and its optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fxsparse.errors import ConfigError
+from fxsparse.nn import MaskedWeight, masked_weights
+from fxsparse.nn.masked import MaskOwner, check_mask
+from fxsparse.nn.slot import slots_of
+from fxsparse.sparsity.pattern import Pattern
+from fxsparse.training.distributed import check_not_sharded, unwrap
+from fxsparse.training.handle import Handle, handle_of
+from fxsparse.training.initial import initial_masks, pattern_of
+from fxsparse.training.optimizer_state import check_optimizer, zero_state_
+from fxsparse.training.updater import Method
+
+
+def attach(model: nn.Module, optimizer: Optimizer, method: Method, total_steps: int | None = None) -> Handle:
+    """Train a model sparse by a method; the training loop stays as it is.
+
+    Hooks on `optimizer.step` count the steps, keep dead weights and their optimizer state at zero, and update the masks
+    when the method says so. Accumulated micro-batches, closures, GradScaler, clipping, DDP and `torch.compile` need no
+    further call. With `Method.replaces_step` the optimizer changes nothing at an update step.
+
+    Args:
+        model: A model with masks, as `fxsparse.transform` returns it; DDP and compiled wrappers are seen through. Where
+            processes run together, all of them train this model.
+        optimizer: Any torch.optim optimizer of all masked weights.
+        method: A frozen method, such as `RigL(sparsity=0.9)`.
+        total_steps: Length of the training in optimizer steps, for methods whose schedule is a share of it.
+
+    Returns:
+        The handle. The model has the method's initial masks and patterns now.
+
+    Raises:
+        ConfigError: no masks, a masked weight that the optimizer does not hold, an optimizer that cannot follow masks,
+            a pattern or sparsity that the method or a weight excludes. Nothing has changed then.
+    """
+    if not isinstance(method, Method):
+        raise ConfigError(f"`method` (={method!r}) must be a fxsparse method such as RigL(sparsity=0.9)")
+    if total_steps is not None and (isinstance(total_steps, bool) or total_steps < 1):
+        raise ConfigError(f"`total_steps` (={total_steps}) must be at least 1 optimizer step")
+    check_optimizer(optimizer)
+    check_not_sharded(model)
+    weights = masked_weights(unwrap(model))
+    if not weights:
+        raise ConfigError(f"`model` (={type(model).__name__}) has no masks; call fxsparse.transform on it first")
+    _check_free(optimizer)
+    _check_held(weights, optimizer)
+    timed = method.timed(total_steps)
+    masks, patterns = initial_masks(timed, weights), {name: pattern_of(timed, each) for name, each in weights.items()}
+    _start_from(weights, masks, patterns, optimizer)
+    return Handle(model, optimizer, timed, total_steps)
+
+
+def _check_free(optimizer: Optimizer) -> None:
+    handle = handle_of(optimizer)
+    if handle is not None:
+        raise ConfigError(f"`optimizer` (={type(optimizer).__name__}) drives {handle} already; detach() it first")
+
+
+def _check_held(weights: Mapping[str, MaskedWeight], optimizer: Optimizer) -> None:
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for name, masked in weights.items():
+        if id(masked.weight) not in held:
+            raise ConfigError(
+                f"`optimizer` (={type(optimizer).__name__}) does not hold `{name}`; build it from the parameters of "
+                "this very model (transform copies a model unless inplace=True), or exclude the weight from the masks"
+            )
+
+
+def _start_from(
+    weights: Mapping[str, MaskedWeight],
+    masks: Mapping[str, Tensor],
+    patterns: Mapping[str, Pattern],
+    optimizer: Optimizer,
+) -> None:
+    """Give every weight its pattern and mask, after all of them are known to fit."""
+    for name, masked in weights.items():
+        spec = dataclasses.replace(masked.spec, pattern=patterns[name])
+        check_mask(name, masked.weight, spec, masks[name], masked.row_order)
+        for module, _ in masked.owners:
+            if isinstance(module, MaskOwner):
+                module.check_mask_edit()
+    for name, masked in weights.items():
+        for module, attribute in masked.owners:
+            slot = slots_of(module)[attribute]
+            slot.spec = dataclasses.replace(slot.spec, pattern=patterns[name])
+        masked.set_mask_(masks[name])
+        zero_state_(optimizer, masked.weight, ~masked.mask)

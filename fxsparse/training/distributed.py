@@ -1,0 +1,89 @@
+"""Several ranks: the model inside its wrappers, averaged gradients, equal masks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Bool
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from fxsparse.errors import ConfigError, DataError
+from fxsparse.sparsity.mask import Mask, MaskSet
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, AveragedModel and torch.compile, which prefix its names."""
+    while True:
+        compiled = getattr(model, "_orig_mod", None)
+        if isinstance(model, (DistributedDataParallel, AveragedModel)):
+            model = model.module
+        elif isinstance(compiled, nn.Module):
+            model = compiled
+        else:
+            return model
+
+
+def check_not_sharded(model: nn.Module) -> None:
+    """Raise ConfigError for a model whose parameters are spread over ranks."""
+    for path, module in model.named_modules():
+        if type(module).__module__.startswith("torch.distributed.fsdp"):
+            raise ConfigError(f"`{path}` (={type(module).__name__}) is sharded; masks need whole weights: use DDP")
+    for name, parameter in model.named_parameters():
+        if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
+            raise ConfigError(f"`{name}` (=DTensor) is sharded; masks need whole weights: use DDP")
+
+
+def process_group(model: nn.Module) -> dist.ProcessGroup | None:
+    """The group of a DDP model; the default group where processes run together without one, None for one process."""
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    group = next((m.process_group for m in model.modules() if isinstance(m, DistributedDataParallel)), dist.group.WORLD)
+    return group if group is not None and dist.get_world_size(group) > 1 else None
+
+
+@torch.no_grad()
+def average(
+    gradients: Mapping[str, Tensor | None], weights: Mapping[str, Tensor], group: dist.ProcessGroup | None
+) -> dict[str, Tensor | None]:
+    """The mean over ranks, as DDP averages: G / ranks, summed. A weight without G on some ranks counts as 0 there.
+
+    Raises:
+        RuntimeError: the ranks cannot talk to each other.
+    """
+    if group is None:
+        return dict(gradients)
+    ranks, averaged = dist.get_world_size(group), dict(gradients)
+    device = next(iter(weights.values())).device
+    found = torch.tensor([gradient is not None for gradient in gradients.values()], dtype=torch.int32, device=device)
+    dist.all_reduce(found, group=group)
+    for (name, gradient), count in zip(gradients.items(), found.tolist(), strict=True):
+        if count:
+            shared = torch.zeros_like(weights[name]) if gradient is None else gradient / ranks
+            dist.all_reduce(shared, group=group)
+            averaged[name] = shared
+    return averaged
+
+
+def masks_digest(masks: Mapping[str, Bool[Tensor, "*shape"]]) -> int:
+    """64 bits of SHA-256 over names and masks, signed."""
+    digest = MaskSet({name: Mask(mask) for name, mask in masks.items()}).digest()
+    return int.from_bytes(bytes.fromhex(digest[:16]), "little", signed=True)
+
+
+def check_equal_masks(masks: Mapping[str, Tensor], step: int, group: dist.ProcessGroup | None) -> None:
+    """Raise DataError, on every rank, where the masks of the ranks differ."""
+    if group is None:
+        return
+    own = torch.tensor([masks_digest(masks)], dtype=torch.int64, device=next(iter(masks.values())).device)
+    every = [torch.zeros_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(every, own, group=group)
+    digests = [f"{int(each) & (2**64 - 1):016x}" for each in every]
+    if len(set(digests)) > 1:
+        raise DataError(
+            f"masks differ between ranks after step {step} (hashes {', '.join(digests)}); start all ranks from the "
+            "same model and let all of them run every backward pass"
+        )

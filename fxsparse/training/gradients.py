@@ -1,0 +1,96 @@
+"""G for the masked weights over all backward passes of one optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from fxsparse.nn import DenseGradients, Guard, MaskedWeight
+
+
+class GradientWindow:
+    """Collects dense gradients between two optimizer steps, as `.grad` collects masked ones.
+
+    Micro-batches add up; a backward pass that finds `.grad` freshly cleared starts the sum anew, so that a batch which
+    was thrown away (an overflow under a `GradScaler`) leaves nothing behind. Forward passes must run while it is open.
+
+    Args:
+        weights: The weights to watch, by name.
+    """
+
+    def __init__(self, weights: Mapping[str, MaskedWeight]) -> None:
+        self._taps = {name: _Tap(weight) for name, weight in weights.items()}
+
+    def open(self) -> None:
+        """Begin to watch, with empty sums."""
+        for tap in self._taps.values():
+            tap.open()
+
+    def close(self) -> None:
+        """Stop watching and forget the sums."""
+        for tap in self._taps.values():
+            tap.close()
+
+    def read(self) -> dict[str, Float[Tensor, "*shape"] | None]:
+        """The sum of each weight; None where no gradient arrived."""
+        return {name: tap.total for name, tap in self._taps.items()}
+
+
+class _Tap:
+    """One weight's hooks: `arrive` before a backward pass is added to `.grad`, `settle` after it."""
+
+    def __init__(self, weight: MaskedWeight) -> None:
+        self.weight = weight
+        self.total: Tensor | None = None
+        self._hidden: DenseGradients | None = None
+        self._hooks: list[RemovableHandle] = []
+        self._settled: tuple[Tensor, int] | None = None
+
+    def open(self) -> None:
+        self.close()
+        parameter = self.weight.weight
+        if not parameter.requires_grad:
+            return
+        if self.weight.spec.guard is Guard.FORWARD:  # else the parameter's own gradient is G
+            self._hidden = DenseGradients([self.weight.mask])
+            self._hidden.start()
+        self._hooks = [
+            parameter.register_hook(self.arrive),  # type: ignore[no-untyped-call]  # torch
+            parameter.register_post_accumulate_grad_hook(self.settle),  # type: ignore[no-untyped-call]  # torch
+        ]
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        if self._hidden is not None:
+            self._hidden.stop()
+        self._hooks, self._hidden, self.total, self._settled = [], None, None, None
+
+    @torch.no_grad()
+    def arrive(self, gradient: Tensor) -> None:
+        """Add one backward pass: what reached the parameter, and what the mask hid from it."""
+        gradient = (gradient.to_dense() if gradient.is_sparse else gradient).detach()
+        if self._hidden is not None:
+            hidden = self._hidden.read(self.weight.mask)
+            if hidden is not None:
+                gradient = torch.where(self.weight.mask, gradient, gradient + hidden)
+            self._hidden.clear()
+        self.total = gradient.clone() if self.total is None or self._cleared() else self.total + gradient
+
+    def settle(self, parameter: Tensor) -> None:
+        """Remember `.grad` as this backward pass left it."""
+        if parameter.grad is not None:
+            self._settled = (parameter.grad, parameter.grad._version)
+
+    def _cleared(self) -> bool:
+        """Whether `.grad` was emptied since the last backward pass."""
+        present = self.weight.weight.grad
+        if present is None:
+            return True
+        if self._settled is not None and self._settled[0] is present and self._settled[1] == present._version:
+            return False
+        return not present.is_sparse and not bool(present.any())

@@ -1,0 +1,131 @@
+"""The masks that a model starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from fxsparse.errors import ConfigError
+from fxsparse.nn import MaskedWeight
+from fxsparse.sparsity.build import random_masks
+from fxsparse.sparsity.counts import keep_count
+from fxsparse.sparsity.distribution import Target, WeightSpec
+from fxsparse.sparsity.pattern import Pattern
+from fxsparse.sparsity.random import generator
+from fxsparse.sparsity.saliency import Random, Saliency
+from fxsparse.training.updater import Initial, Method
+
+_SAME_DENSITY = 0.01  # patterns and distributions round; this much is the same sparsity
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A masked weight under the method's pattern."""
+
+    masked: MaskedWeight
+    spec: WeightSpec
+
+    @property
+    def row_order(self) -> Tensor | None:
+        return self.masked.row_order
+
+    def draw(self, method: Method, index: int, saliency: Saliency) -> Tensor:
+        """Element scores."""
+        return saliency.score(self.masked.weight, None, generator(method.seed, index, 0, "initial_mask"))
+
+
+def pattern_of(method: Method, masked: MaskedWeight) -> Pattern:
+    """The method's pattern, else the weight's own.
+
+    Raises:
+        ConfigError: the method or the weight's shape excludes the pattern; the message names the weight.
+    """
+    pattern = masked.spec.pattern if method.pattern is None else method.pattern
+    try:
+        method.check(pattern)
+        pattern.units(tuple(masked.weight.shape), masked.spec.layout, masked.row_order)
+    except ConfigError as error:
+        raise ConfigError(f"`{masked.name}` with {type(method).__name__}: {error}") from error
+    return pattern
+
+
+def initial_masks(method: Method, weights: Mapping[str, MaskedWeight]) -> dict[str, Bool[Tensor, "*shape"]]:
+    """The mask of every weight before the first step; nothing is changed.
+
+    Raises:
+        ConfigError: the model is sparse already and its sparsity is not the method's, or its masks break the pattern.
+    """
+    own = {
+        name: _Weight(
+            masked, WeightSpec(name, tuple(masked.weight.shape), masked.spec.layout, pattern_of(method, masked))
+        )
+        for name, masked in weights.items()
+    }
+    sparse = any(not bool(masked.mask.all()) for masked in weights.values())
+    if isinstance(method.initial, Initial) and (sparse or method.initial is Initial.KEEP):
+        if method.initial is Initial.AUTO and not method.any_start:
+            _check_sparsity(method, own)
+        for weight in own.values():
+            _check_pattern(weight)
+        return {name: masked.mask.clone() for name, masked in weights.items()}
+    saliency = method.initial_saliency() if isinstance(method.initial, Initial) else method.initial
+    return _drawn(method, own, saliency)
+
+
+def _drawn(method: Method, weights: Mapping[str, _Weight], saliency: Saliency) -> dict[str, Tensor]:
+    specs, sparsity = [weight.spec for weight in weights.values()], method.sparsity_at(0)
+    if sparsity == 0.0:
+        return {name: torch.ones_like(weight.masked.mask) for name, weight in weights.items()}
+    if isinstance(saliency, Random):
+        drawn = random_masks(specs, method.distribution, sparsity, method.seed)
+        return {
+            name: _in_row_order(weight, drawn[name]).to(weight.masked.mask.device) for name, weight in weights.items()
+        }
+    scores = {name: weight.draw(method, i, saliency) for i, (name, weight) in enumerate(weights.items())}
+    targets = method.distribution.targets(specs, sparsity, scores)
+    return {
+        name: weight.spec.pattern.mask(
+            scores[name], targets[name], weight.spec.layout, saliency.pooling, weight.row_order
+        )
+        for name, weight in weights.items()
+    }
+
+
+def _in_row_order(weight: _Weight, mask: Tensor) -> Tensor:
+    """A mask whose groups are rows in the natural order, with the groups of the weight's own row order."""
+    if weight.row_order is None:
+        return mask
+    shape, layout, pattern = weight.spec.shape, weight.spec.layout, weight.spec.pattern
+    chosen = pattern.units(shape, layout).collect(mask)
+    return pattern.units(shape, layout, weight.row_order.cpu()).spread(chosen)
+
+
+def _check_sparsity(method: Method, weights: Mapping[str, _Weight]) -> None:
+    numel = sum(weight.spec.numel for weight in weights.values())
+    alive = sum(int(weight.masked.mask.sum()) for weight in weights.values())
+    asked = [keep_count(numel, method.sparsity), sum(target.alive for target in _targets(method, weights).values())]
+    if min(abs(alive - count) for count in asked) > _SAME_DENSITY * numel:
+        raise ConfigError(
+            f"`sparsity` (={method.sparsity}) is not that of the model's masks (={1 - alive / numel:.4f}); give the "
+            "method the model's sparsity, `initial=Initial.KEEP` to train these masks as they are, or a saliency as "
+            "`initial` to draw new ones"
+        )
+
+
+def _targets(method: Method, weights: Mapping[str, _Weight]) -> dict[str, Target]:
+    specs = [weight.spec for weight in weights.values()]
+    scores = {name: torch.where(w.masked.mask, w.masked.weight.detach().abs(), 0.0) for name, w in weights.items()}
+    return method.distribution.targets(specs, method.sparsity, scores)
+
+
+def _check_pattern(weight: _Weight) -> None:
+    if bool(weight.masked.mask.all()):
+        return
+    try:
+        weight.spec.pattern.check(weight.masked.mask, weight.spec.layout, weight.row_order)
+    except ConfigError as error:
+        raise ConfigError(f"`{weight.spec.name}`: {error}; give `initial` a saliency to draw new masks") from error
