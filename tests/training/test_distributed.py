@@ -17,7 +17,7 @@ from fxsparse.nn import Linear
 from fxsparse.training import Static, attach
 
 WORKER = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 
 import torch
@@ -47,7 +47,8 @@ def train(method, wrap_first, accumulate, sabotage=False, buckets=False):
     optimizer = torch.optim.SGD(model.parameters(), lr=2.0**-6)
     x, y = dyadic(64, 6, seed=3)[rank::ranks], dyadic(64, 4, seed=4)[rank::ranks]
     outer = model
-    wrap = lambda: DDP(model, gradient_as_bucket_view=buckets, broadcast_buffers=not sabotage) if ranks > 1 else model
+    kwargs = {"broadcast_buffers": False} if sabotage else {}
+    wrap = lambda: DDP(model, gradient_as_bucket_view=buckets, **kwargs) if ranks > 1 else model
     if wrap_first:
         outer = wrap()
     handle = attach(outer, optimizer, method)
@@ -89,7 +90,11 @@ if ranks > 1:
     except DataError as error:
         found["sabotage"] = str(error)
 (folder / f"{ranks}-{rank}.json").write_text(json.dumps(found))
+print("rank", rank, "has written its results", file=sys.stderr)
+dist.barrier()
 dist.destroy_process_group()
+print("rank", rank, "has left the group", file=sys.stderr, flush=True)
+os._exit(0)  # every result is on disk; C++ threads torn down by the interpreter's exit are not what is tested
 """
 
 
