@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,17 @@ def test_every_lazy_name_of_the_face_resolves() -> None:
         assert getattr(fxsparse, name) is not None
     with pytest.raises(AttributeError, match="no_such_name"):
         fxsparse.no_such_name  # noqa: B018  (the attribute access is the test)
+
+
+def test_the_documentation_lists_the_face_and_names_files_that_exist() -> None:
+    import fxsparse
+
+    root = PACKAGE.parent
+    listed = set(re.findall(r"^::: fxsparse\.(?:\w+\.)*(\w+)$", (root / "docs/api/face.md").read_text(), re.M))
+    assert listed == set(fxsparse._HOMES) | {name for name in dir(fxsparse) if name.endswith("Error")}
+    for page in (root / "README.md", *(root / "docs").rglob("*.md")):
+        for config in re.findall(r"configs/\w+\.yaml", page.read_text()):
+            assert (root / config).is_file(), (page, config)
 
 
 def test_files_stay_short() -> None:

@@ -251,6 +251,7 @@ def test_recurrent_and_embedding_weights_only_when_asked() -> None:
         ({"exclude": "steem"}, r"`exclude` \(='steem'\) names no parameter; close names: .*stem"),
         ({"include": nn.LSTM}, r"`include` \(=LSTM\) is the type of no module"),
         ({"include": lambda n, p, m: False}, "picks no parameter"),
+        ({"include": 3}, r"`include` \(=3\) must hold names or globs"),
         ({"include": [3]}, r"`include` \(=3\) must hold names or globs"),
         ({"include": int}, "must hold names or globs"),
         ({"include": []}, "picks nothing"),
@@ -410,6 +411,7 @@ def test_the_meta_device() -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(3, 2))
     assert masks(transform(model))["0.weight"].is_meta
+    assert masks(transform(model, (torch.empty(2, 3, device="meta"),)))["0.weight"].is_meta
     with pytest.raises(ConfigError, match="meta device"):
         plan(model, sparsity=0.5)
 

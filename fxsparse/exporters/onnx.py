@@ -109,6 +109,8 @@ def _prepare(model: nn.Module, example_inputs: Any) -> _Ticket:
 
 
 def _check_exportable(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"`model` (={type(model).__name__}) must be a torch.nn.Module")
     for path, module in model.named_modules():
         if isinstance(module, MaskOwner):
             try:

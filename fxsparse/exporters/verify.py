@@ -73,7 +73,7 @@ class Parity:
     def __str__(self) -> str:
         return (
             f"worst |difference| {self.worst_absolute:.2g}, relative {self.worst_relative:.2g} "
-            f"(allowed {self.allowed:.2g}; PyTorch itself {self.float32_error:.2g}) against {self.reference} PyTorch "
+            f"of {self.allowed:.2g} allowed (PyTorch itself {self.float32_error:.2g}) against {self.reference} PyTorch "
             f"on {self.samples} samples in batches of {', '.join(map(str, self.batch_sizes))}"
         )
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 import re
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -139,6 +141,11 @@ class _Reference(NamedTuple):
     name: str
 
 
+class _Function(NamedTuple):
+    module: str
+    name: str
+
+
 class PackedNode(NamedTuple):
     """One node as plain data: picklable, nodes in arguments written as references by name."""
 
@@ -166,9 +173,28 @@ def pack_graph(graph: fx.Graph) -> list[PackedNode]:
         return value
 
     return [
-        PackedNode(n.name, n.op, n.target, packed(n.args), packed(dict(n.kwargs)), dict(n.meta.get("custom", {})))
+        PackedNode(
+            n.name,
+            n.op,
+            _packed_target(n.target),
+            packed(n.args),
+            packed(dict(n.kwargs)),
+            dict(n.meta.get("custom", {})),
+        )
         for n in graph.nodes
     ]
+
+
+def _packed_target(target: Any) -> Any:
+    """A function that pickle does not find by its qualified name, as ``F.max_pool2d``, by module and name."""
+    if "<locals>" not in getattr(target, "__qualname__", ""):
+        return target
+    home, name = target.__module__, target.__name__
+    return _Function(home, name) if getattr(sys.modules.get(home), name, None) is target else target
+
+
+def _unpacked_target(target: Any) -> Any:
+    return getattr(importlib.import_module(target.module), target.name) if isinstance(target, _Function) else target
 
 
 def _like(value: tuple[Any, ...], items: list[Any]) -> tuple[Any, ...]:
@@ -193,9 +219,8 @@ def unpack_graph(nodes: list[PackedNode]) -> fx.Graph:
         return value
 
     for packed in nodes:
-        node = graph.create_node(
-            packed.op, packed.target, unpacked(packed.args), unpacked(packed.kwargs), name=packed.name
-        )
+        target = _unpacked_target(packed.target)
+        node = graph.create_node(packed.op, target, unpacked(packed.args), unpacked(packed.kwargs), name=packed.name)
         if packed.custom:
             node.meta["custom"] = packed.custom
         made[packed.name] = node

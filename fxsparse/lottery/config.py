@@ -227,12 +227,15 @@ def _messages(error: ValidationError) -> Iterator[str]:
         if finding["type"] == "extra_forbidden":
             yield _unknown(parts)
             continue
-        text = finding["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        text = re.sub(
+            r"^(Input|List|Dictionary|String|Keys) should ", "must ", finding["msg"].removeprefix("Value error, ")
+        )
+        text = re.sub(r" after validation, not \d+$", "", text)
         text = re.sub(r"a valid dictionary or instance of \w+", "a section of fields", text)
         hint = ""
         if "number" in finding["msg"] and isinstance(value, str):
             hint = " (YAML reads 1e-3 as text: write 0.001 or 1.0e-3)"
-        rule = text if "must be" in text else f"must be {text}"
+        rule = text if text.startswith("must ") else f"must be {text}"
         yield f"`{path}` (={value!r}) {rule}{hint}"
 
 

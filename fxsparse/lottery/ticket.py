@@ -138,7 +138,10 @@ class Ticket:
         model = self.manifest["model"]
         factory = model.get("factory")
         if not isinstance(factory, str) or not factory.startswith(TRUSTED):
-            raise TicketError(f"{self.path}: `factory` (={factory}) is not one of fxsparse.models; build the model")
+            raise TicketError(
+                f"{self.path}: `factory` (={factory}) is not one of fxsparse.models; build the "
+                "model yourself and `apply` the ticket, at the shell with --model MODULE:FACTORY"
+            )
         name = factory.removeprefix(TRUSTED)
         build = getattr(importlib.import_module("fxsparse.models"), name, None) if name.isidentifier() else None
         if build is None or name.startswith("_"):

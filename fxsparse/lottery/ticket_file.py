@@ -112,12 +112,24 @@ class TicketReader:
         for row in manifest["masks"]:
             if row["shape"] != rows[row["name"]]["shape"] or row["numel"] != math.prod(row["shape"]):
                 raise self.fail(MANIFEST, f"mask `{row['name']}`: `shape` (={row['shape']}) is not its weight's")
-            if not isinstance(row["alive"], int) or not 0 <= row["alive"] <= row["numel"]:
+            if type(row["alive"]) is not int or not 0 <= row["alive"] <= row["numel"]:
                 raise self.fail(MANIFEST, f"mask `{row['name']}`: `alive` (={row['alive']}) is out of range")
         if manifest["weights"]["kind"] not in ("init", "rewind"):
             raise self.fail(MANIFEST, f"`weights.kind` (={manifest['weights']['kind']}) must be init or rewind")
-        if not isinstance(manifest["lineage"], dict) or not isinstance(manifest["model"], dict):
-            raise self.fail(MANIFEST, "`lineage` and `model` must be objects")
+        for key in ("lineage", "model", "metrics", "environment"):
+            if not isinstance(manifest[key], dict):
+                raise self.fail(MANIFEST, f"`{key}` (={manifest[key]!r}) must be an object")
+        if missing := sorted({"ticket_id", "files"} - set(manifest)):
+            raise self.fail(MANIFEST, f"`{missing[0]}` is missing")
+        for row in manifest["model"].get("input_signature") or []:
+            self._check_input(row)
+
+    def _check_input(self, row: Mapping[str, Any]) -> None:
+        sizes = row["shape"]
+        if not isinstance(sizes, list) or any(size is not None and type(size) is not int for size in sizes):
+            raise self.fail(MANIFEST, f"`input_signature`: `shape` (={sizes}) is not a list of sizes")
+        if not isinstance(getattr(torch, row["dtype"], None), torch.dtype):
+            raise self.fail(MANIFEST, f"`input_signature`: `dtype` (={row['dtype']!r}) is unknown")
 
     def _check_row(self, row: Mapping[str, Any]) -> None:
         shape = row["shape"]

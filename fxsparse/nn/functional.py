@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, MutableMapping
 from types import TracebackType
 
@@ -12,7 +13,7 @@ from torch._compile import _disable_dynamo
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 from torch.utils.weak import WeakTensorKeyDictionary
 
-_collecting: tuple[DenseGradients, ...] = ()
+_collecting: tuple[weakref.ref[DenseGradients], ...] = ()  # weak: who drops a collector need not stop it
 
 
 def masked_weight(weight: Shaped[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], sink: Tensor | None = None) -> Tensor:
@@ -45,7 +46,7 @@ def _watch(result: Tensor, sink: Tensor) -> None:
     # Inside a torch.func transform the gradient is a wrapper that must not outlive it; those callers hold G themselves.
     if not result.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(result):
         return
-    for collector in _collecting:
+    for collector in collecting():
         if collector.wants(sink):
             result.register_hook(_Accumulate(collector, sink))  # type: ignore[no-untyped-call]  # untyped in torch
 
@@ -95,13 +96,12 @@ class DenseGradients:
         global _collecting
         if not self._active:
             self._active = True
-            _collecting = (*_collecting, self)
+            _collecting = (*_collecting, weakref.ref(self, _forget))
 
     def stop(self) -> None:
         """Stop collecting; the sums stay readable. Does nothing when not active."""
-        global _collecting
         self._active = False
-        _collecting = tuple(collector for collector in _collecting if collector is not self)
+        _forget()
 
     def wants(self, mask: Tensor) -> bool:
         """Whether gradients under this mask are collected."""
@@ -141,4 +141,11 @@ class DenseGradients:
 
 def collecting() -> tuple[DenseGradients, ...]:
     """The collectors that are active now."""
-    return _collecting
+    return tuple(collector for collector in (reference() for reference in _collecting) if collector is not None)
+
+
+def _forget(dead: object = None) -> None:
+    """Keep only the collectors that live and are active."""
+    global _collecting
+    kept = (reference for reference in _collecting if reference is not dead)
+    _collecting = tuple(ref for ref in kept if (collector := ref()) is not None and collector.active)

@@ -100,8 +100,10 @@ def masked_weights(model: nn.Module) -> dict[str, MaskedWeight]:
     """The masked parameters of a model by name, in the order of `named_parameters`, a tied one once.
 
     Raises:
-        ConfigError: one parameter has different masks under its names; `tie_masks` says how to mend it.
+        ConfigError: no module, or one parameter has different masks under its names; `tie_masks` says how to mend it.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"`model` (={type(model).__name__}) must be a torch.nn.Module")
     found = {}
     for places in _places(model):
         owners = _masked_owners(places)
@@ -128,6 +130,8 @@ def set_masks(model: nn.Module, masks: Mapping[str, Tensor | Mask]) -> None:
         ConfigError: an unknown name, or a mask of the wrong dtype, shape or pattern. Nothing has changed then.
     """
     weights = masked_weights(model)
+    if not isinstance(masks, Mapping):
+        raise ConfigError(f"`masks` (={type(masks).__name__}) must be a mapping of parameter names to bool tensors")
     by_name = {alias: weight for weight in weights.values() for alias in weight.names}
     chosen: dict[str, tuple[MaskedWeight, Tensor]] = {}
     for name, given in masks.items():

@@ -144,8 +144,7 @@ class RESUModule(SparseModule):
 
         Raises:
             ConfigError: another mode, no dead weight, a mask guarded at the parameter, a negative epsilon, or a
-            trainable
-                set that is not bool, of another shape or not dead.
+                trainable set that is not bool, of another shape or not dead.
         """
         self._require(Mode.SPARSE, "enter_resu")
         dead = ~self.weight_mask

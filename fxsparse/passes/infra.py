@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import re
+import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from torch import fx, nn
 from fxsparse.errors import ConfigError, FxSparseError, PassError
 from fxsparse.graph import edit, provenance, structural_clone
 from fxsparse.graph.render import render
-from fxsparse.passes.equivalence import EXACT, Equivalence
+from fxsparse.passes.equivalence import DIFFERENT, EXACT, Equivalence
 from fxsparse.passes.snapshot import Snapshot, graphs_of
 from fxsparse.passes.verify import Verification, verify_equal
 
@@ -152,6 +153,8 @@ class Pass(abc.ABC):
             self._check_targets(records)
             self._check_idempotent(clone)
             found = None if example_inputs is None else verify_equal(module, clone, example_inputs, self.equivalence)
+            if found is not None and not found.compared and not isinstance(self.equivalence, DIFFERENT):
+                warnings.warn(f"{self.name}: the result could not be compared: {found.notes[0]}", stacklevel=2)
             self.ensures(module, clone)
         return PassResult(clone, modified, records, found)
 
@@ -276,11 +279,14 @@ class Pipeline:
         stop_after: Name of the last pass to run; all run by default.
 
     Raises:
-        ConfigError: no pass has the name `stop_after`.
+        ConfigError: something that is no pass, or no pass has the name `stop_after`.
     """
 
     def __init__(self, passes: Sequence[Pass], stop_after: str | None = None) -> None:
         self.passes = tuple(passes)
+        for each in self.passes:
+            if not isinstance(each, Pass):
+                raise ConfigError(f"`passes` holds {each!r}, which is no Pass; give instances such as FoldMasks()")
         names = [each.name for each in self.passes]
         if stop_after is not None:
             if stop_after not in names:

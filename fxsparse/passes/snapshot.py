@@ -19,12 +19,14 @@ class Snapshot:
         graphs: Path of each GraphModule -> its graph in writing.
         tensors: Name of each parameter and buffer -> (identity, kind, shape, dtype, checksum of its bits).
         specs: Name of each masked parameter -> what its mask is.
+        attributes: Name of each public plain attribute -> its value; only numbers, strings and tuples of them count.
     """
 
     tree: dict[str, tuple[int, type, bool]]
     graphs: dict[str, str]
     tensors: dict[str, tuple[object, ...]]
     specs: dict[str, MaskSpec]
+    attributes: dict[str, str]
 
     @staticmethod
     def of(model: nn.Module) -> Snapshot:
@@ -41,11 +43,17 @@ class Snapshot:
             {path: _written(module.graph) for path, module in modules.items() if isinstance(module, fx.GraphModule)},
             _tensors(model),
             specs,
+            {
+                join(path, name): repr(value)
+                for path, module in modules.items()
+                for name, value in module.__dict__.items()
+                if not name.startswith("_") and name != "training" and _is_plain(value)
+            },
         )
 
     def difference(self, later: Snapshot) -> str | None:
         """The first thing in which `later` differs, in words; None when nothing does."""
-        for what in ("tree", "graphs", "tensors", "specs"):
+        for what in ("tree", "graphs", "tensors", "specs", "attributes"):
             old, new = getattr(self, what), getattr(later, what)
             if list(old) != list(new):
                 changed = sorted(set(old) ^ set(new)) or ["their order"]
@@ -54,6 +62,12 @@ class Snapshot:
                 if old[name] != new[name]:
                     return f"`{name or 'the root'}` of its {what}"
         return None
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | complex | str)
 
 
 def join(path: str, name: str) -> str:

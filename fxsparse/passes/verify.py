@@ -57,7 +57,8 @@ def verify_equal(
     """Run both models on the same inputs from the same random state and compare all that they show.
 
     Compared are outputs, buffers after the run, and gradients of a random projection of the outputs, in eval and in
-    train mode, in float64 where the model can run so. Neither model nor any global state changes.
+    train mode, in float64 where the model can run so; on the meta device only shapes and dtypes. Neither model nor any
+    global state changes.
 
     Args:
         before: The model to compare with.
@@ -237,6 +238,10 @@ def _compare(what: str, old: Tensor, new: Tensor, allowed: Callable[[Tensor], Te
     if not isinstance(new, Tensor) or old.shape != new.shape or old.dtype != new.dtype:
         shown = f"{tuple(new.shape)} {new.dtype}" if isinstance(new, Tensor) else repr(new)
         raise PassError(f"{what} is {shown} instead of {tuple(old.shape)} {old.dtype}")
+    if old.device != new.device:
+        raise PassError(f"{what} is on {new.device} instead of {old.device}")
+    if old.is_meta:  # no values: shape and dtype are all that there is
+        return 0.0
     old, new = old.to_dense(), new.to_dense()
     same = (old == new) | (old.isnan() & new.isnan()) if old.is_floating_point() or old.is_complex() else old == new
     if bool(same.all()):

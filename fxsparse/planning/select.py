@@ -92,7 +92,7 @@ def select(
 def _listed(option: str, selectors: Selector | Iterable[Selector]) -> Sequence[Selector]:
     if isinstance(selectors, str | type) or callable(selectors):
         selectors = [selectors]
-    listed = list(selectors)
+    listed = list(selectors) if isinstance(selectors, Iterable) else [selectors]
     for selector in listed:
         module_type = isinstance(selector, type) and issubclass(selector, nn.Module)
         predicate = callable(selector) and not isinstance(selector, type)

@@ -194,8 +194,8 @@ def sparsity_report(model: nn.Module) -> SparsityReport:
     Args:
         model: A model, with masks or without.
     """
-    known: dict[str, WeightPlan] = {weight.name: weight for weight in model.__dict__.get(RECORD, ())}
     masked = masked_weights(model)
+    known: dict[str, WeightPlan] = {weight.name: weight for weight in model.__dict__.get(RECORD, ())}
     rows = []
     for name, parameter in model.named_parameters():
         reason = known[name].reason if name in known else ""

@@ -24,7 +24,8 @@ def check_fraction(value: float, name: str = "fraction") -> float:
     return float(value)
 
 
-def _check_count(value: int, name: str, minimum: int) -> None:
+def check_count(value: int, name: str, minimum: int) -> None:
+    """Raise ConfigError unless `value` is an integer of at least `minimum`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ConfigError(f"`{name}` (={value!r}) must be an integer of at least {minimum}")
 
@@ -39,7 +40,7 @@ def dead_count(n: int, sparsity: float) -> int:
     Raises:
         ConfigError: `n` or `sparsity` is out of range.
     """
-    _check_count(n, "n", 1)
+    check_count(n, "n", 1)
     return min(math.floor(check_sparsity(sparsity) * n + _GUARD), n - 1)
 
 
@@ -62,7 +63,7 @@ def fraction_count(fraction: float, alive: int) -> int:
     Raises:
         ConfigError: `fraction` is outside [0, 1] or `alive` is negative.
     """
-    _check_count(alive, "alive", 0)
+    check_count(alive, "alive", 0)
     return min(math.floor(check_fraction(fraction) * alive + _GUARD), alive)
 
 
@@ -80,7 +81,7 @@ class Target:
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity)
-        _check_count(self.alive, "alive", 1)
+        check_count(self.alive, "alive", 1)
 
     @staticmethod
     def of(numel: int, sparsity: float) -> Target:

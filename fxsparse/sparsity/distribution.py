@@ -224,6 +224,8 @@ class Custom(Distribution):
     default: float | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.rules, Mapping):
+            raise ConfigError(f"`rules` (={self.rules!r}) must be a mapping of weight names to sparsities")
         for rule, sparsity in self.rules.items():
             check_sparsity(sparsity, rule)
         if self.default is not None:

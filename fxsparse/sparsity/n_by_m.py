@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fxsparse.errors import ConfigError
-from fxsparse.sparsity.counts import Target, check_sparsity
+from fxsparse.sparsity.counts import Target, check_count, check_sparsity
 from fxsparse.sparsity.layout import LINEAR, Layout
 from fxsparse.sparsity.pattern import Pattern, checked_axis, checked_shape
 from fxsparse.sparsity.top_k import order_scores, segment_top_k, top_k
@@ -144,8 +144,10 @@ class NByM(Pattern):
     remainder: Remainder = Remainder.ERROR
 
     def __post_init__(self) -> None:
-        if not 1 <= self.n <= self.m:
-            raise ConfigError(f"`n` (={self.n}) must be from 1 to `m` (={self.m})")
+        check_count(self.n, "n", 1)
+        check_count(self.m, "m", 1)
+        if self.n > self.m:
+            raise ConfigError(f"`n` (={self.n}) must be at most `m` (={self.m})")
 
     def units(self, shape: Sequence[int], layout: Layout = LINEAR, row_order: Tensor | None = None) -> Units:
         """One segment per group of m."""

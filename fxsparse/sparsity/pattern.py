@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int64, Shaped
 from torch import Tensor
 
 from fxsparse.errors import ConfigError
-from fxsparse.sparsity.counts import Target, check_sparsity
+from fxsparse.sparsity.counts import Target, check_count, check_sparsity
 from fxsparse.sparsity.layout import LINEAR, Layout
 from fxsparse.sparsity.top_k import segment_top_k
 from fxsparse.sparsity.units import BlockUnits, ElementUnits, SliceUnits, Units
@@ -146,8 +146,8 @@ class Block(Pattern):
     width: int
 
     def __post_init__(self) -> None:
-        if self.height < 1 or self.width < 1:
-            raise ConfigError(f"`height` (={self.height}) and `width` (={self.width}) must be at least 1")
+        check_count(self.height, "height", 1)
+        check_count(self.width, "width", 1)
 
     def units(self, shape: Sequence[int], layout: Layout = LINEAR, row_order: Tensor | None = None) -> BlockUnits:
         """One segment of all blocks, row-major."""
@@ -175,8 +175,8 @@ def checked_shape(pattern: Pattern, shape: Sequence[int], row_order: Tensor | No
 
 def checked_axis(axis: int, shape: tuple[int, ...]) -> int:
     """The axis counted from 0; raise ConfigError when the shape lacks it."""
-    if not -len(shape) <= axis < len(shape):
-        raise ConfigError(f"`axis` (={axis}) does not exist in `shape` (={shape}); choose one below {len(shape)}")
+    if isinstance(axis, bool) or not isinstance(axis, int) or not -len(shape) <= axis < len(shape):
+        raise ConfigError(f"`axis` (={axis!r}) does not exist in `shape` (={shape}); choose one below {len(shape)}")
     return axis % len(shape)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fxsparse.errors import ConfigError
-from fxsparse.sparsity.counts import Target
+from fxsparse.sparsity.counts import Target, check_count
 from fxsparse.sparsity.layout import LINEAR, Layout
 from fxsparse.sparsity.pattern import Pattern
 from fxsparse.sparsity.top_k import order_scores
@@ -106,8 +106,7 @@ class SharedSupport(Pattern):
     positions: Positions = Positions.CHANNEL
 
     def __post_init__(self) -> None:
-        if self.group < 1:
-            raise ConfigError(f"`group` (={self.group}) must be at least 1 row")
+        check_count(self.group, "group", 1)
 
     def units(self, shape: Sequence[int], layout: Layout = LINEAR, row_order: Tensor | None = None) -> SupportUnits:
         """One segment per group of rows; `row_order` (default: natural) lists the rows, group after group."""

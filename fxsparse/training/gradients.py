@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 
 import torch
 from jaxtyping import Float
@@ -46,6 +47,7 @@ class _Tap:
     def __init__(self, weight: MaskedWeight) -> None:
         self.weight = weight
         self.total: Tensor | None = None
+        self._arrived: Tensor | None = None  # the next total, until `.grad` takes the backward pass in
         self._hidden: DenseGradients | None = None
         self._hooks: list[RemovableHandle] = []
         self._settled: tuple[Tensor, int] | None = None
@@ -59,8 +61,8 @@ class _Tap:
             self._hidden = DenseGradients([self.weight.mask])
             self._hidden.start()
         self._hooks = [
-            parameter.register_hook(self.arrive),  # type: ignore[no-untyped-call]  # torch
-            parameter.register_post_accumulate_grad_hook(self.settle),  # type: ignore[no-untyped-call]  # torch
+            parameter.register_hook(_weakly(self.arrive)),  # type: ignore[no-untyped-call]  # torch
+            parameter.register_post_accumulate_grad_hook(_weakly(self.settle)),  # type: ignore[no-untyped-call]  # torch
         ]
 
     def close(self) -> None:
@@ -68,7 +70,7 @@ class _Tap:
             hook.remove()
         if self._hidden is not None:
             self._hidden.stop()
-        self._hooks, self._hidden, self.total, self._settled = [], None, None, None
+        self._hooks, self._hidden, self.total, self._arrived, self._settled = [], None, None, None, None
 
     @torch.no_grad()
     def arrive(self, gradient: Tensor) -> None:
@@ -79,10 +81,11 @@ class _Tap:
             if hidden is not None:
                 gradient = torch.where(self.weight.mask, gradient, gradient + hidden)
             self._hidden.clear()
-        self.total = gradient.clone() if self.total is None or self._cleared() else self.total + gradient
+        self._arrived = gradient.clone() if self.total is None or self._cleared() else self.total + gradient
 
     def settle(self, parameter: Tensor) -> None:
-        """Remember `.grad` as this backward pass left it."""
+        """Take the backward pass in, which `torch.autograd.grad` never reaches, and remember `.grad` as it left it."""
+        self.total, self._arrived = self._arrived, None
         if parameter.grad is not None:
             self._settled = (parameter.grad, parameter.grad._version)
 
@@ -94,3 +97,15 @@ class _Tap:
         if self._settled is not None and self._settled[0] is present and self._settled[1] == present._version:
             return False
         return not present.is_sparse and not bool(present.any())
+
+
+def _weakly(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    """A hook that keeps nothing alive: torch's hooks are hidden from the garbage collector, so a cycle would stay."""
+    reference = weakref.WeakMethod(method)
+
+    def hook(tensor: Tensor) -> None:
+        found = reference()
+        if found is not None:
+            found(tensor)
+
+    return hook

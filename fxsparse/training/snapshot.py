@@ -50,9 +50,10 @@ class Snapshot:
 
     def write(self, directory: Path) -> None:
         """Write both files into an existing directory (making that durable and atomic is the caller's business)."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
-        save_file({name: tensor.contiguous() for name, tensor in self.tensors.items()}, directory / TENSORS)
+        # `save_file` would raise its own error on a full disk, not an OSError
+        (directory / TENSORS).write_bytes(save({name: tensor.contiguous() for name, tensor in self.tensors.items()}))
         (directory / STATE).write_text(json.dumps(self.values, sort_keys=True, allow_nan=False), encoding="utf-8")
 
     @classmethod

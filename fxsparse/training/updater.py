@@ -46,7 +46,7 @@ class Method:
         initial: A saliency to draw new masks by, or what becomes of those there are.
 
     Raises:
-        ConfigError: the sparsity is outside [0, 1).
+        ConfigError: the sparsity is outside [0, 1), or an option of the wrong kind.
     """
 
     sparsity: float = 0.9
@@ -60,6 +60,12 @@ class Method:
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity)
+        if not isinstance(self.pattern, Pattern | None):
+            raise ConfigError(f"`pattern` (={self.pattern!r}) must be a Pattern such as NByM(2, 4), or None")
+        if not isinstance(self.distribution, Distribution):
+            raise ConfigError(f"`distribution` (={self.distribution!r}) must be a Distribution such as Uniform()")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ConfigError(f"`seed` (={self.seed!r}) must be an integer")
 
     @property
     def drop(self) -> Saliency:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from fxsparse.errors import ConfigError, ExportError
 from fxsparse.exporters import Target, Verification, export_onnx
 from fxsparse.nn import RESULinear
-from fxsparse.sparsity import Unstructured
 from fxsparse.planning import transform
+from fxsparse.sparsity import Unstructured
 
 X = torch.linspace(-1, 1, 8).reshape(2, 4)
 
@@ -246,3 +246,9 @@ def test_a_stated_tolerance_decides(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="allowed is 0"):
         export_onnx(transform(Base(), sparsity=0.5), tmp_path / "m.onnx", (X,), verify=Verification(tolerance=0.0))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_module_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"`model` \(=int\) must be a torch.nn.Module"):
+        export_onnx(3, tmp_path / "a.onnx", (torch.randn(2, 3),))
+    assert not list(tmp_path.iterdir())

@@ -368,6 +368,37 @@ def test_deepcopy_and_pickle_round_trips(tmp_path: Any) -> None:
     assert captured[0].weight.abs().sum() > 0
 
 
+class Pooled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.max_pool1d(x, 2)
+
+
+def test_functions_that_pickle_does_not_find_by_name_round_trip() -> None:
+    import pickle
+
+    captured = capture(Pooled(), (X,)).module
+    loaded = pickle.loads(pickle.dumps(captured))
+    assert isinstance(loaded, CapturedModule) and [n.name for n in loaded.graph.nodes] == [
+        n.name for n in captured.graph.nodes
+    ]
+    assert torch.equal(loaded(X), captured(X))
+
+
+class SparseTable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, 4, sparse=True)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.table(tokens).mean(1))
+
+
+def test_sparse_gradients_are_compared() -> None:
+    captured = capture(SparseTable(), (torch.tensor([[1, 2], [2, 6]]),))
+    assert isinstance(captured.module, CapturedModule)
+
+
 def test_sequential_stays_indexable() -> None:
     captured = capture(nn.Sequential(nn.Linear(6, 4), nn.ReLU())).module
     assert len(captured) == 2 and isinstance(captured[0], nn.Linear)

@@ -263,3 +263,14 @@ def test_differing_fields() -> None:
     assert differing({"a": {"b": 1, "c": 2}}, {"a": {"b": 1.0, "c": 3}, "d": None}) == ["a.c"]
     assert differing({"a": {"b": 1}}, {"a": 1}) == ["a"]
     assert differing([1], [1]) == []
+
+
+def test_full_disk_at_the_first_state(tmp_path: Path) -> None:
+    """The state at step k is larger than all files before it, so it is the first that does not fit."""
+    from fxsparse.lottery import find_tickets
+    from tests.lottery.nets import tiny_task
+    from tests.lottery.test_imp import FAST
+
+    with _file_size_limit(1500), pytest.raises(TicketError, match="init.*cannot be written: File too large"):
+        find_tickets(tiny_task(), FAST, tmp_path, 0)
+    assert not (tmp_path / "init").exists() and not list(tmp_path.glob(".tmp-*"))

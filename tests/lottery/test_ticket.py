@@ -375,6 +375,15 @@ CORRUPTIONS: dict[str, tuple[Callable[[Path], None], str]] = {
     "id of another": (lambda p: _edit(p, lambda m: m.update(ticket_id="0" * 64), False), "`ticket_id`"),
     "missing field": (_remove("weights", "aliases"), "missing or of the wrong type"),
     "missing lineage": (_remove("lineage"), "missing or of the wrong type"),
+    "no id": (lambda p: _edit(p, lambda m: m.pop("ticket_id") and None, False), "`ticket_id` is missing"),
+    "no list of files": (lambda p: _edit(p, lambda m: m.pop("files") and None, False), "`files` is missing"),
+    "no metrics": (_remove("metrics"), "missing or of the wrong type"),
+    "environment is no object": (_set("environment", value="x"), "`environment` .*must be an object"),
+    "signature is text": (_set("model", "input_signature", value="x"), "missing or of the wrong type"),
+    "signature of another dtype": (
+        _set("model", "input_signature", value=[{"shape": [None, 6], "dtype": "load"}]), r"`dtype` \(='load'\)"
+    ),
+    "alive is a truth": (_set("masks", 0, "alive", value=True), "`alive`.*out of range"),
     "masks are no list": (_set("masks", value=3), "missing or of the wrong type"),
     "wrong kind": (_set("weights", "kind", value="dense"), "`weights.kind`"),
     "wrong alive": (_set("masks", 1, "alive", value=1), r"mask `fc.weight`: `alive`"),

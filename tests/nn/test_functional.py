@@ -280,6 +280,7 @@ def test_sink_is_the_key():
 
 
 def test_compiled_layers_do_not_recompile_on_mask_edits():
+    gc.collect()  # a collector that is still active breaks every compiled graph
     torch._dynamo.reset()
     graphs = []
 
@@ -311,3 +312,11 @@ def test_compiled_layers_can_be_collected():
         for input in inputs:
             compiled(input).square().sum().backward()
     torch.testing.assert_close(gradients.read(layer.weight_mask), dense_gradient(layer, inputs), rtol=1e-13, atol=0)
+
+
+def test_a_collector_that_nobody_holds_ends():
+    gradients = DenseGradients()
+    gradients.start()
+    del gradients
+    gc.collect()
+    assert collecting() == ()

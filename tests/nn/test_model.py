@@ -262,3 +262,10 @@ def test_untied_models_are_left_alone_by_tie_masks():
     buffers = dict(model.named_buffers())
     fnn.tie_masks(model)
     assert all(buffers[name] is buffer for name, buffer in model.named_buffers())
+
+
+def test_what_is_no_module_or_no_mapping_is_refused_by_name():
+    with pytest.raises(ConfigError, match=r"`model` \(=int\) must be a torch.nn.Module"):
+        fnn.masks(3)
+    with pytest.raises(ConfigError, match=r"`masks` \(=list\) must be a mapping"):
+        fnn.set_masks(nn.Linear(2, 2), [1])

@@ -338,3 +338,31 @@ def test_a_plain_module_without_graphs_is_accepted() -> None:
     before = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     result = Swaps()(before)
     assert isinstance(result.module[1], nn.Tanh) and isinstance(before[1], nn.ReLU)
+
+
+class SetsAttribute(Pass):
+    equivalence = DIFFERENT("another epsilon")
+
+    def __init__(self, claim: bool) -> None:
+        self.claim = claim
+
+    def call(self, module: nn.Module) -> bool:
+        module.norm.eps = 0.5
+        return self.claim
+
+
+def test_a_plain_attribute_counts_as_a_change(net: nn.Module) -> None:
+    assert SetsAttribute(claim=True)(net).modified
+    with pytest.raises(PassError, match="returned False, but the module changed"):
+        SetsAttribute(claim=False)(net)
+    assert net.norm.eps == 1e-5
+
+
+def test_what_cannot_be_compared_is_said(net: nn.Module) -> None:
+    with pytest.warns(UserWarning, match="idle: the result could not be compared: eval mode: .*RuntimeError"):
+        Idle()(net, (torch.zeros(2, 3),))
+
+
+def test_a_pipeline_refuses_what_is_no_pass() -> None:
+    with pytest.raises(ConfigError, match="`passes` holds .*, which is no Pass"):
+        Pipeline([Idle])

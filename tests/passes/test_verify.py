@@ -173,3 +173,10 @@ def test_a_model_bound_to_its_dtype_is_compared_in_it() -> None:
     net = SinglePrecision()
     found = verify_equal(net, copy.deepcopy(net), inputs(), EXACT)
     assert found.dtype is None and found.compared == ("eval", "train")
+
+
+def test_on_the_meta_device_shapes_are_compared() -> None:
+    net, x = Net().to("meta"), (torch.empty(5, 4, device="meta"),)
+    assert verify_equal(net, copy.deepcopy(net), x).compared == ("eval", "train")
+    with pytest.raises(PassError, match=r"output 0 is \(5, 3\)"):
+        verify_equal(net, nn.Linear(4, 3, device="meta"), x)

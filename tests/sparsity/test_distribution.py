@@ -316,3 +316,8 @@ def test_erk_budgets_of_shared_support_are_met_within_a_position_a_group(
         target = targets[weight.name]
         units = weight.pattern.units(weight.shape)
         assert abs(units.alive_elements(target) - target.alive) <= weight.shape[0] * (1 + len(shapes) / rows)
+
+
+def test_custom_rules_must_be_a_mapping() -> None:
+    with pytest.raises(ConfigError, match=r"`rules` \(=3\) must be a mapping"):
+        Custom(3)

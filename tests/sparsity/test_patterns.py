@@ -475,3 +475,23 @@ def test_check_accepts_exactly_the_masks_of_the_definition(
     else:
         with pytest.raises(ConfigError, match="`mask` breaks"):
             pattern.check(mask.reshape(scores.shape), layout)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: NByM("2", 4), "n"),
+        (lambda: NByM(2, 4.0), "m"),
+        (lambda: Block(2.5, 1), "height"),
+        (lambda: Block(1, True), "width"),
+        (lambda: SharedSupport(2.5), "group"),
+    ],
+)
+def test_sizes_must_be_whole_numbers(make, name) -> None:
+    with pytest.raises(ConfigError, match=rf"`{name}` \(=.*\) must be an integer of at least 1"):
+        make()
+
+
+def test_axes_must_be_whole_numbers() -> None:
+    with pytest.raises(ConfigError, match=r"`axis` \(='a'\) does not exist"):
+        Channel("a").units((2, 3))

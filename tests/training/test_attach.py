@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ from fxsparse.nn import (
     masks,
     set_masks,
 )
+from fxsparse.nn.functional import collecting
 from fxsparse.sparsity import (
     ERK,
     Block,
@@ -359,3 +361,26 @@ def test_a_method_of_ten_lines_trains():
     assert sum(int(m.sum()) for m in masks(model).values()) == sum(
         keep_count(m.numel(), 0.5) for m in masks(model).values()
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pattern": "2:4"}, r"`pattern` \(='2:4'\) must be a Pattern"),
+        ({"distribution": "erk"}, r"`distribution` \(='erk'\) must be a Distribution"),
+        ({"seed": "a"}, r"`seed` \(='a'\) must be an integer"),
+    ],
+)
+def test_options_of_the_wrong_kind_are_refused_when_the_method_is_written(options, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        SET(sparsity=0.5, **options)
+
+
+def test_a_training_that_is_dropped_in_an_open_window_leaves_nothing_active():
+    model = build()
+    optimizer = sgd(model)
+    handle = attach(model, optimizer, RigL(sparsity=0.5, every=1), total_steps=10)
+    assert len(collecting()) > 0  # the next step is an update step
+    del model, optimizer, handle
+    gc.collect()
+    assert collecting() == ()

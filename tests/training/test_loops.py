@@ -105,6 +105,22 @@ def test_growth_reads_the_gradient_of_the_whole_batch():
     assert bool(grown.any()) and float(gradient[grown].min()) >= float(gradient[left].max())
 
 
+@pytest.mark.parametrize("when", ["between", "after"])
+def test_gradients_asked_for_by_autograd_grad_are_not_part_of_the_batch(when):
+    plain, optimizer_1, _ = prepared()
+    asked, optimizer_2, handle = prepared()
+    for _ in range(4):
+        for model, optimizer in ((plain, optimizer_1), (asked, optimizer_2)):
+            optimizer.zero_grad()
+            for place, rows in (("between", slice(0, 32)), ("after", slice(32, 64))):
+                loss_of(model, X[rows], Y[rows]).backward()
+                if model is asked and place == when:  # a gradient norm for a log, say
+                    torch.autograd.grad(1000 * loss_of(model, X[:8], -Y[:8]), list(model.parameters()))
+            optimizer.step()
+        assert_same(plain, asked)
+    assert handle.updates == 2
+
+
 def test_a_batch_thrown_away_leaves_nothing_behind():
     clean, optimizer_1, _ = prepared()
     dirty, optimizer_2, _ = prepared()
