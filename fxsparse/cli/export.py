@@ -29,4 +29,4 @@ def export(
     built = load_factory(model) if model else Built(found.build(), None)
     inputs = built.example_inputs if built.example_inputs is not None else found.example_inputs()
     ready = found.apply(built.model, final=True)
-    typer.echo(str(export_onnx(ready, onnx, inputs, opset=opset)))
+    typer.echo(str(export_onnx(ready, onnx, inputs, opset=opset, lineage=found.origin)))

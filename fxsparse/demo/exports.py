@@ -66,7 +66,7 @@ def export(place: Place, trained: Trained) -> tuple[Exported, bool]:
     place.display.begin(f"{place.network.title}, seed {trained.seed}", 0, f"{trained.method} export and verification")
     path.parent.mkdir(parents=True, exist_ok=True)
     ticket = load_ticket(trained.ticket)
-    report = export_onnx(model_of(place, ticket), path, example_batch(place.splits))
+    report = export_onnx(model_of(place, ticket), path, example_batch(place.splits), lineage=ticket.origin)
     found = _measured(report, trained)
     write_file(path.with_suffix(".json"), json.dumps(asdict(found), indent=2, sort_keys=True) + "\n")
     return found, True

@@ -71,7 +71,9 @@ def digest_of(weights: Mapping[str, MaskedWeight]) -> str:
     return MaskSet({name: Mask(weight.mask) for name, weight in weights.items()}).digest()
 
 
-def describe(model: nn.Module, layers: Sequence[Layer], digest: str, batch: str) -> dict[str, str]:
+def describe(
+    model: nn.Module, layers: Sequence[Layer], digest: str, batch: str, lineage: Mapping[str, Any]
+) -> dict[str, str]:
     """The entries of `metadata_props`: plain text, equal for equal models and versions.
 
     Args:
@@ -79,6 +81,7 @@ def describe(model: nn.Module, layers: Sequence[Layer], digest: str, batch: str)
         layers: its masked weights.
         digest: `digest_of` its masks.
         batch: "dynamic", or the fixed size.
+        lineage: where the model comes from, plain JSON values; may be empty.
     """
     records = [
         {"graph": path, "node": node.name, "pass": record.pass_name, "what": record.what, "source": record.source}
@@ -96,6 +99,7 @@ def describe(model: nn.Module, layers: Sequence[Layer], digest: str, batch: str)
         "density": _json(alive / numel if numel else 1.0),
         "mask_digest": digest,
         "provenance": _json(records),
+        "lineage": _json(dict(lineage)),
     }
     return {_PREFIX + key: value for key, value in entries.items()}
 
@@ -105,8 +109,8 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Returns:
         ``schema``, ``version``, ``torch``, ``batch``, ``mask_digest`` (text), ``density`` (float), ``layers`` (a dict
-        for each masked weight: name, shape, alive, numel, density, pattern, route, initializers) and ``provenance`` (a
-        dict for each graph node that a pass made: graph, node, pass, what, source).
+        for each masked weight: name, shape, alive, numel, density, pattern, route, initializers), ``provenance`` (a
+        dict for each graph node that a pass made: graph, node, pass, what, source) and ``lineage`` (a dict, as given).
 
     Raises:
         ExportError: when the file cannot be read, or was not written by fxsparse.
@@ -121,7 +125,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     found = {key.removeprefix(_PREFIX): value for key, value in props.items() if key.startswith(_PREFIX)}
     if found.get("schema") != SCHEMA:
         raise ExportError(f"`path` (={path}) has no metadata of schema {SCHEMA}: it was not written by this fxsparse")
-    return found | {key: json.loads(found[key]) for key in ("layers", "density", "provenance")}
+    return found | {key: json.loads(found[key]) for key in ("layers", "density", "provenance", "lineage")}
 
 
 def _json(value: Any) -> str:

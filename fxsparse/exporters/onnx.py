@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ class _Ticket:
     folded: nn.Module
     weights: Mapping[str, MaskedWeight]
     inputs: Inputs
+    lineage: Mapping[str, Any]
 
 
 def export_onnx(
@@ -50,6 +52,7 @@ def export_onnx(
     verify: bool | Verification = True,
     opset: int | None = None,
     latency: bool = True,
+    lineage: Mapping[str, Any] | None = None,
 ) -> ExportReport:
     """Export a model with its masks folded, check it in onnxruntime, and only then put it at `path`.
 
@@ -65,6 +68,7 @@ def export_onnx(
         verify: True to compare onnxruntime with PyTorch in float64 on random inputs; a `Verification` to say on which.
         opset: ONNX operator set, 18 or newer; None for torch's default.
         latency: whether to time the file against its dense twin, for about half a second.
+        lineage: where the model comes from, as plain JSON values, for the metadata; a ticket's id and lineage, say.
 
     Returns:
         What was written and measured; print it.
@@ -78,7 +82,7 @@ def export_onnx(
     path = Path(path)
     options = _options(target, verify)
     with replacing(path) as temporary, preserved_rng():
-        ticket = _prepare(model, example_inputs)
+        ticket = _prepare(model, example_inputs, _plain(lineage))
         taken = [*ticket.inputs.names, *ticket.folded.state_dict(keep_vars=True)]
         program = export_program(ticket.folded, ticket.inputs, output_names(_outputs(ticket), taken), opset)
         return _write(path, temporary, ticket, program, target, options, latency)
@@ -92,7 +96,15 @@ def _options(target: Target, verify: bool | Verification) -> Verification | None
     return Verification() if verify is True else verify or None
 
 
-def _prepare(model: nn.Module, example_inputs: Any) -> _Ticket:
+def _plain(lineage: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    try:
+        json.dumps(lineage, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"`lineage` (={lineage!r}) must be plain JSON values: {error}") from error
+    return {} if lineage is None else lineage
+
+
+def _prepare(model: nn.Module, example_inputs: Any, lineage: Mapping[str, Any]) -> _Ticket:
     _check_exportable(model)
     names = [name for name, _ in model.named_parameters()]
     masked = isolated_clone(model, copied=names).cpu().eval()
@@ -105,7 +117,7 @@ def _prepare(model: nn.Module, example_inputs: Any) -> _Ticket:
         folded = finalize(masked) if weights else isolated_clone(masked, copied=names)
     except FxSparseError as error:
         raise ExportError(f"the masks cannot be folded: {error}") from error
-    return _Ticket(masked, folded.eval(), weights, inputs)
+    return _Ticket(masked, folded.eval(), weights, inputs, lineage)
 
 
 def _check_exportable(model: nn.Module) -> None:
@@ -146,7 +158,7 @@ def _write(
     layers = layers_of(weights, places)
     dense_bytes = proto.ByteSize()
     batch = "dynamic" if inputs.batched else str(size_of(inputs, inputs.tensors))
-    for key, value in describe(ticket.masked, layers, digest_of(weights), batch).items():
+    for key, value in describe(ticket.masked, layers, digest_of(weights), batch, ticket.lineage).items():
         proto.metadata_props.add(key=key, value=value)
     temporary.write_bytes(proto.SerializeToString(deterministic=True))
     session = open_session(temporary)

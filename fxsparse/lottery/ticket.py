@@ -56,6 +56,11 @@ class Ticket:
         return lineage
 
     @property
+    def origin(self) -> Mapping[str, Any]:
+        """The ticket's id and lineage, for the metadata of an export."""
+        return {"ticket_id": self.ticket_id, **self.lineage}
+
+    @property
     def metrics(self) -> Mapping[str, Any]:
         """What was measured when the ticket was saved."""
         metrics: Mapping[str, Any] = self.manifest["metrics"]

@@ -19,6 +19,7 @@ from fxsparse.sparsity.erk import ERKSolution, solve_erk
 from fxsparse.sparsity.layout import Layout
 from fxsparse.sparsity.pattern import Pattern, Unstructured
 from fxsparse.sparsity.top_k import order_scores, top_k
+from fxsparse.sparsity.units import BlockUnits, SliceUnits
 
 
 @dataclass(frozen=True)
@@ -158,8 +159,9 @@ class Normalize(enum.Enum):
 class Global(Distribution):
     """One ranking over all weights.
 
-    Ranked are elements, or blocks and slices where the pattern has one segment of them. Patterns with many segments
-    take the density that the ranking of their elements gives.
+    For `Unstructured`, `Block` and `Channel` the units themselves are ranked and counted: the sparsity is that of
+    elements, blocks or slices, whatever their sizes. The other patterns need equal counts in their segments; each
+    weight takes the density that the ranking of its elements gives.
 
     Attributes:
         normalize: How scores of different weights are made comparable; None = as they are.
@@ -204,7 +206,8 @@ class Global(Distribution):
                 f"`scores` of weight `{weight.name}` have shape (={tuple(given.shape)}), not (={weight.shape})"
             )
         units = weight.pattern.units(weight.shape, weight.layout)
-        ranked = units.pool(given)[0] if units.segments == 1 else order_scores(given).reshape(-1)
+        whole = isinstance(units, BlockUnits | SliceUnits)
+        ranked = units.pool(given)[0] if whole else order_scores(given).reshape(-1)
         if self.normalize is None:
             return ranked
         norm = ranked.double().norm()

@@ -219,6 +219,18 @@ def test_global_gives_segmented_patterns_the_density_of_their_elements() -> None
     assert targets["a"].alive == 8 and weights[0].pattern.units((4, 8)).counts(targets["a"]).tolist() == [2, 2]
 
 
+def test_global_counts_elements_for_shared_supports_whatever_their_groups():
+    weights = [
+        WeightSpec("small", (4, 10), pattern=SharedSupport(4)),  # one group
+        WeightSpec("large", (16, 10), pattern=SharedSupport(4)),
+    ]
+    scores = {w.name: torch.arange(w.numel, dtype=torch.float64).reshape(w.shape) % 7 for w in weights}
+    targets = Global().targets(weights, 0.5, scores)
+    alive = sum(w.pattern.units(w.shape, w.layout).alive_elements(targets[w.name]) for w in weights)
+    assert sum(target.alive for target in targets.values()) == 100
+    assert abs(alive - 100) <= 20  # one position in each group at most
+
+
 def test_global_needs_scores() -> None:
     with pytest.raises(ConfigError, match="`fc1` must be given"):
         Global().targets(LENET, 0.9)
