@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
+import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +23,16 @@ from fxsparse.sparsity.units import Pooling as Pooling
 @dataclass(frozen=True)
 class Pattern(abc.ABC):
     """A set of legal masks, all of them "the best k units in each segment"."""
+
+    def __str__(self) -> str:
+        """As one would write it in Python: required arguments, then those that are not the default."""
+        written = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value != field.default:
+                shown = str(value) if isinstance(value, enum.Enum) else repr(value)
+                written.append(shown if field.default is dataclasses.MISSING else f"{field.name}={shown}")
+        return f"{type(self).__name__}({', '.join(written)})"
 
     @abc.abstractmethod
     def units(

@@ -495,3 +495,21 @@ def test_sizes_must_be_whole_numbers(make, name) -> None:
 def test_axes_must_be_whole_numbers() -> None:
     with pytest.raises(ConfigError, match=r"`axis` \(='a'\) does not exist"):
         Channel("a").units((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "written"),
+    [
+        (Unstructured(), "Unstructured()"),
+        (NByM(2, 4), "NByM(2, 4)"),
+        (NByM(2, 4, exact=False, remainder=Remainder.TAIL), "NByM(2, 4, exact=False, remainder=Remainder.TAIL)"),
+        (Block(2, 4), "Block(2, 4)"),
+        (Channel(), "Channel()"),
+        (Channel(1), "Channel(axis=1)"),
+        (SharedSupport(64), "SharedSupport(64)"),
+        (SharedSupport(8, Positions.ELEMENT), "SharedSupport(8, positions=Positions.ELEMENT)"),
+    ],
+)
+def test_a_pattern_prints_as_it_is_written(pattern, written):
+    assert str(pattern) == written
+    assert eval(written, {**globals()}) == pattern
