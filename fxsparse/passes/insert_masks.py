@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator
 
 from torch import fx, nn
 
 from fxsparse.errors import ConfigError, PassError
 from fxsparse.graph import edit
-from fxsparse.nn import Guard, MaskSpec, Route, install_mask, mask_name, mask_spec, masked_weight
-from fxsparse.passes.infra import Pass
+from fxsparse.nn import Guard, Route, install_mask, mask_name, mask_spec, masked_weight
 from fxsparse.passes.places import owner_of
 from fxsparse.passes.snapshot import graphs_of
+from fxsparse.passes.spec_pass import SpecPass
 from fxsparse.passes.structure import check_same_names
 
 
-class InsertMasks(Pass):
+class InsertMasks(SpecPass):
     """Puts `masked_weight(weight, weight_mask)` behind the reads of a parameter, in every graph.
 
     1. The parameter gets a mask, beside it in the module that holds it; the mask is all True.
@@ -26,14 +26,6 @@ class InsertMasks(Pass):
     Args:
         specs: Parameter name -> its mask's spec, of `Route.MASK_NODE`.
     """
-
-    def __init__(self, specs: Mapping[str, MaskSpec]) -> None:
-        self.specs = dict(specs)
-
-    @property
-    def targets(self) -> Collection[str]:
-        """The parameters' names."""
-        return tuple(self.specs)
 
     def requires(self, module: nn.Module) -> None:
         """Each target is a parameter without a mask, and each spec belongs to this route."""

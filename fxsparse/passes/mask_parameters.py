@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-
 from torch import nn
 
 from fxsparse.errors import ConfigError
-from fxsparse.nn import Guard, MaskSpec, Route, install_mask, mask_name, mask_spec, set_guard
-from fxsparse.passes.infra import Pass
+from fxsparse.nn import Guard, Route, install_mask, mask_name, mask_spec, set_guard
 from fxsparse.passes.places import owner_of
+from fxsparse.passes.spec_pass import SpecPass
 from fxsparse.passes.structure import check_same_names
 
 
-class MaskParameters(Pass):
+class MaskParameters(SpecPass):
     """Guards parameters: dead entries are zero, and their gradient is masked after each backward pass.
 
     1. A parameter without a mask gets one, beside it in the module that holds it.
@@ -23,14 +21,6 @@ class MaskParameters(Pass):
     Args:
         specs: Parameter name -> its mask's spec, of `Guard.GRADIENT`.
     """
-
-    def __init__(self, specs: Mapping[str, MaskSpec]) -> None:
-        self.specs = dict(specs)
-
-    @property
-    def targets(self) -> Collection[str]:
-        """The parameters' names."""
-        return tuple(self.specs)
 
     def requires(self, module: nn.Module) -> None:
         """Each target is a parameter, and each spec guards the gradient."""

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-
 from torch import nn
 
 from fxsparse.errors import ConfigError
 from fxsparse.graph import provenance
-from fxsparse.nn import SPARSE_TYPES, MaskSpec, Route, mask_name
-from fxsparse.passes.infra import Pass
+from fxsparse.nn import SPARSE_TYPES, Route, mask_name
 from fxsparse.passes.places import owner_of, replace_module, split_name
 from fxsparse.passes.snapshot import graphs_of
+from fxsparse.passes.spec_pass import SpecPass
 from fxsparse.passes.structure import check_same_names
 
 
-class SwapModules(Pass):
+class SwapModules(SpecPass):
     """Replaces modules of exactly a torch Linear, Conv or ConvTranspose class by their sparse counterparts.
 
     1. A module: the sparse one takes over its parameters, buffers, hooks, mode and attributes; its mask is all True.
@@ -25,14 +23,6 @@ class SwapModules(Pass):
     Args:
         specs: Name of the module's parameter ("path.weight") -> its mask's spec, of `Route.MODULE`.
     """
-
-    def __init__(self, specs: Mapping[str, MaskSpec]) -> None:
-        self.specs = dict(specs)
-
-    @property
-    def targets(self) -> Collection[str]:
-        """The parameters' names."""
-        return tuple(self.specs)
 
     def requires(self, module: nn.Module) -> None:
         """Each target is the `weight` of a module below the root, of exactly a class that has a sparse counterpart."""

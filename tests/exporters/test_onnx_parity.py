@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from fxsparse.exporters import ExportReport, export_onnx, read_metadata
 from fxsparse.models import lenet_300_100, small_conv_net
 from fxsparse.nn import masks
-from fxsparse.sparsity import Mask, MaskSet, NByM, SharedSupport
 from fxsparse.planning import transform
+from fxsparse.sparsity import Mask, MaskSet, NByM, SharedSupport
 
 
 class Functional(nn.Module):

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from fxsparse.exporters import export_onnx, read_metadata
 from fxsparse.nn import masks
-from fxsparse.testing import models
 from fxsparse.planning import transform
+from fxsparse.testing import models
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
