@@ -188,7 +188,7 @@ def test_printing_a_plan_tells_every_weight() -> None:
     text = str(plan(model, inputs, sparsity=0.5, include=["head", "body"]))
     assert "embed.weight" in text and "module*" in text and "2 of 2 weights masked" in text
     text = str(plan(*BY_NAME["mixed"](), exclude="inner.*"))
-    assert "left out by include or exclude" in text and "stays Python: the root" in text
+    assert "left out by include or exclude" in text and "`the model` stays Python" in text
 
 
 def test_stages_of_a_plan_can_be_printed() -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
     from fxsparse.cli.factory import Built
+    from fxsparse.graph import Refusal
     from fxsparse.passes import Stage
 
-CAPTURED, FOLDED = "captured", "fold_masks"
+CAPTURED = "captured"
 
 
 def show(
@@ -28,27 +30,29 @@ def show(
     """
     from fxsparse.cli.factory import load_factory
 
-    typer.echo(str(stage_of(load_factory(model), after)))
+    typer.echo(described(load_factory(model), after))
 
 
-def stage_of(built: Built, after: str | None) -> Stage:
-    """The model as captured (`after` None or "captured"), or after the named pass.
+def described(built: Built, after: str | None) -> str:
+    """The model as captured (`after` None or "captured"), or after the named pass, and what stays Python, and why.
 
     Raises:
         ConfigError: no pass has that name; the message lists them.
     """
     from fxsparse.errors import ConfigError
     from fxsparse.graph import capture
-    from fxsparse.passes import FoldMasks, Stage
+    from fxsparse.passes import Stage
     from fxsparse.planning import plan
 
     if after in (None, CAPTURED):
-        return Stage(CAPTURED, capture(built.model, built.example_inputs).module)
+        captured = capture(built.model, built.example_inputs)
+        return _with_refusals(Stage(CAPTURED, captured.module), captured.refusals)
     decided = plan(built.model, built.example_inputs)
-    names = [each.name for each in decided.pipeline().passes]
-    if after in names:
-        return decided.stages().stage(after)
-    if after != FOLDED:
-        raise ConfigError(f"`--after` (={after}) is no pass; choose one of {', '.join([CAPTURED, *names, FOLDED])}")
-    result = FoldMasks()(decided.apply(), built.example_inputs)
-    return Stage(FOLDED, result.module, result.records)
+    stages = {stage.name: stage for stage in decided.stages().stages}
+    if after not in stages:
+        raise ConfigError(f"`--after` (={after}) is no pass; choose one of {', '.join(stages)}")
+    return _with_refusals(stages[after], decided.refusals)
+
+
+def _with_refusals(stage: Stage, refusals: Sequence[Refusal]) -> str:
+    return "\n".join([str(stage).rstrip(), *map(str, refusals)])

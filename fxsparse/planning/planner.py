@@ -199,9 +199,7 @@ class Plan:
         lines.append(
             f"{len(self.masked)} of {len(self.weights)} weights masked; {alive} of {total} elements alive in them"
         )
-        lines += [
-            f"stays Python: {refusal.path or 'the root'}: {refusal.reason}; {refusal.mend}" for refusal in self.refusals
-        ]
+        lines += map(str, self.refusals)
         return "\n".join(lines)
 
 

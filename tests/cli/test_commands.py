@@ -157,6 +157,8 @@ def test_show_stages(capsys: pytest.CaptureFixture[str], zoo: str) -> None:
     folded = run(capsys, "show", name, "--after", "fold_masks")[1]
     assert "weight_mask" not in folded and "mask folded" in folded
     guarded = run(capsys, "show", f"{zoo}:branchy", "--after", "mask_parameters")[1]
+    assert "`the model` stays Python: control flow" in guarded
+    assert "`the model` stays Python: control flow" in run(capsys, "show", f"{zoo}:branchy")[1]
     assert "bare" in guarded
 
 
