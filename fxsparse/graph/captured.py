@@ -7,6 +7,7 @@ import importlib
 import inspect
 import re
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -161,16 +162,7 @@ def pack_graph(graph: fx.Graph) -> list[PackedNode]:
     """The nodes of `graph` as plain data; of the metadata only ``meta["custom"]`` is kept."""
 
     def packed(value: Any) -> Any:
-        if isinstance(value, fx.Node):
-            return _Reference(value.name)
-        if isinstance(value, slice):
-            return slice(packed(value.start), packed(value.stop), packed(value.step))
-        if isinstance(value, tuple | list) and not isinstance(value, torch.Size):
-            items = [packed(item) for item in value]
-            return items if isinstance(value, list) else _like(value, items)
-        if isinstance(value, dict):
-            return {key: packed(item) for key, item in value.items()}
-        return value
+        return _mapped(value, lambda leaf: _Reference(leaf.name) if isinstance(leaf, fx.Node) else leaf)
 
     return [
         PackedNode(
@@ -197,8 +189,18 @@ def _unpacked_target(target: Any) -> Any:
     return getattr(importlib.import_module(target.module), target.name) if isinstance(target, _Function) else target
 
 
-def _like(value: tuple[Any, ...], items: list[Any]) -> tuple[Any, ...]:
-    return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+def _mapped(value: Any, rule: Callable[[Any], Any]) -> Any:
+    """The nested arguments of a node with `rule` applied to every leaf."""
+    if isinstance(value, slice):
+        return slice(*(_mapped(part, rule) for part in (value.start, value.stop, value.step)))
+    if isinstance(value, dict):
+        return {key: _mapped(item, rule) for key, item in value.items()}
+    if isinstance(value, tuple | list) and not isinstance(value, torch.Size | _Reference):
+        items = [_mapped(item, rule) for item in value]
+        if isinstance(value, list):
+            return items
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    return rule(value)
 
 
 def unpack_graph(nodes: list[PackedNode]) -> fx.Graph:
@@ -207,16 +209,7 @@ def unpack_graph(nodes: list[PackedNode]) -> fx.Graph:
     made: dict[str, fx.Node] = {}
 
     def unpacked(value: Any) -> Any:
-        if isinstance(value, _Reference):
-            return made[value.name]
-        if isinstance(value, slice):
-            return slice(unpacked(value.start), unpacked(value.stop), unpacked(value.step))
-        if isinstance(value, tuple | list) and not isinstance(value, torch.Size):
-            items = [unpacked(item) for item in value]
-            return items if isinstance(value, list) else _like(value, items)
-        if isinstance(value, dict):
-            return {key: unpacked(item) for key, item in value.items()}
-        return value
+        return _mapped(value, lambda leaf: made[leaf.name] if isinstance(leaf, _Reference) else leaf)
 
     for packed in nodes:
         target = _unpacked_target(packed.target)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import abc
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -16,8 +18,64 @@ from fxsparse.sparsity.digest import content_sha256, fields_sha256
 from fxsparse.sparsity.pattern import check_bool
 
 
+class _Sets(abc.ABC):
+    """What single masks and mask sets share: counts, and the operators of sets in terms of `_combine`."""
+
+    @property
+    @abc.abstractmethod
+    def numel(self) -> int:
+        """Number of elements N."""
+
+    @property
+    @abc.abstractmethod
+    def alive(self) -> int:
+        """Number of alive elements A."""
+
+    @abc.abstractmethod
+    def _combine(self, other: Self, rule: Callable[[Any, Any], Any]) -> Self: ...
+
+    @property
+    def dead(self) -> int:
+        """Number of dead elements N - A."""
+        return self.numel - self.alive
+
+    @property
+    def density(self) -> float:
+        """A / N; 1 where there are no elements."""
+        return self.alive / self.numel if self.numel else 1.0
+
+    @property
+    def sparsity(self) -> float:
+        """1 - A / N."""
+        return 1.0 - self.density
+
+    def __and__(self, other: Self) -> Self:
+        return self._combine(other, operator.and_)
+
+    def __or__(self, other: Self) -> Self:
+        return self._combine(other, operator.or_)
+
+    def __xor__(self, other: Self) -> Self:
+        return self._combine(other, operator.xor)
+
+    def __sub__(self, other: Self) -> Self:
+        return self._combine(other, lambda one, another: one & ~another)
+
+    def __le__(self, other: Self) -> bool:
+        return (self - other).alive == 0
+
+    def __lt__(self, other: Self) -> bool:
+        return self <= other and self.alive < other.alive
+
+    def __ge__(self, other: Self) -> bool:
+        return other <= self
+
+    def __gt__(self, other: Self) -> bool:
+        return other < self
+
+
 @dataclass(frozen=True, eq=False)
-class Mask:
+class Mask(_Sets):
     """A set of alive elements of one weight.
 
     Operators are those of sets: `&`, `|`, `^`, `-`, `~`, `<=` (subset), `<` (proper subset), `==`.
@@ -46,47 +104,8 @@ class Mask:
         """Number of alive elements A."""
         return int(self.tensor.sum())
 
-    @property
-    def dead(self) -> int:
-        """Number of dead elements N - A."""
-        return self.numel - self.alive
-
-    @property
-    def density(self) -> float:
-        """A / N; 1 for an empty weight."""
-        return _ratio(self.alive, self.numel)
-
-    @property
-    def sparsity(self) -> float:
-        """1 - A / N."""
-        return 1.0 - self.density
-
-    def __and__(self, other: Mask) -> Mask:
-        return self._combine(other, torch.logical_and)
-
-    def __or__(self, other: Mask) -> Mask:
-        return self._combine(other, torch.logical_or)
-
-    def __xor__(self, other: Mask) -> Mask:
-        return self._combine(other, torch.logical_xor)
-
-    def __sub__(self, other: Mask) -> Mask:
-        return self._combine(other, torch.gt)
-
     def __invert__(self) -> Mask:
         return Mask(~self.tensor)
-
-    def __le__(self, other: Mask) -> bool:
-        return (self - other).alive == 0
-
-    def __lt__(self, other: Mask) -> bool:
-        return self <= other and self.alive < other.alive
-
-    def __ge__(self, other: Mask) -> bool:
-        return other <= self
-
-    def __gt__(self, other: Mask) -> bool:
-        return other < self
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Mask):
@@ -131,7 +150,7 @@ class Mask:
         return f"Mask(shape={tuple(self.shape)}, alive={self.alive}, density={self.density:.4g})"
 
 
-class MaskSet(Mapping[str, Mask]):
+class MaskSet(_Sets, Mapping[str, Mask]):
     """The masks of a model by weight name, with the operators of `Mask` applied name by name."""
 
     def __init__(self, masks: Mapping[str, Mask | Tensor]) -> None:
@@ -156,33 +175,8 @@ class MaskSet(Mapping[str, Mask]):
         """Alive elements of all weights."""
         return sum(mask.alive for mask in self.values())
 
-    @property
-    def density(self) -> float:
-        """Alive fraction of all weights together; 1 for an empty set."""
-        return _ratio(self.alive, self.numel)
-
-    @property
-    def sparsity(self) -> float:
-        """1 - density."""
-        return 1.0 - self.density
-
-    def __and__(self, other: MaskSet) -> MaskSet:
-        return self._combine(other, operator.and_)
-
-    def __or__(self, other: MaskSet) -> MaskSet:
-        return self._combine(other, operator.or_)
-
-    def __xor__(self, other: MaskSet) -> MaskSet:
-        return self._combine(other, operator.xor)
-
-    def __sub__(self, other: MaskSet) -> MaskSet:
-        return self._combine(other, operator.sub)
-
     def __invert__(self) -> MaskSet:
         return MaskSet({name: ~mask for name, mask in self.items()})
-
-    def __le__(self, other: MaskSet) -> bool:
-        return self.is_nested_in(other)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, MaskSet):
@@ -197,8 +191,7 @@ class MaskSet(Mapping[str, Mask]):
         Raises:
             ConfigError: the two sets have different names or shapes.
         """
-        self._check_names(other)
-        return all(mask <= other[name] for name, mask in self.items())
+        return self <= other
 
     def tensors(self) -> dict[str, Tensor]:
         """The bool tensors by name."""
@@ -219,7 +212,3 @@ class MaskSet(Mapping[str, Mask]):
 
     def __repr__(self) -> str:
         return f"MaskSet({len(self)} masks, alive={self.alive} of {self.numel}, density={self.density:.4g})"
-
-
-def _ratio(alive: int, numel: int) -> float:
-    return alive / numel if numel else 1.0

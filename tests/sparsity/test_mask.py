@@ -137,3 +137,12 @@ def test_digest_sees_names_shapes_and_bits_but_not_order() -> None:
         MaskSet({"a": GOLDEN}),
     ]
     assert len({base.digest(), *(other.digest() for other in others)}) == 5
+
+
+def test_sets_of_masks_compare_like_sets() -> None:
+    small = MaskSet({"a": torch.tensor([True, False]), "b": torch.tensor([False, False])})
+    large = MaskSet({"a": torch.tensor([True, False]), "b": torch.tensor([True, False])})
+    other = MaskSet({"a": torch.tensor([False, True]), "b": torch.tensor([True, True])})
+    assert small < large and large > small and small <= small and not small < small and large >= small
+    assert not small <= other and not other >= small
+    assert (small.dead, large.dead) == (3, 2)
