@@ -7,7 +7,8 @@ from fxsparse.exporters.latency import measure as measure
 from fxsparse.exporters.metadata import Layer as Layer
 from fxsparse.exporters.metadata import read_metadata as read_metadata
 from fxsparse.exporters.onnx import export_onnx as export_onnx
+from fxsparse.exporters.reference import Verification as Verification
+from fxsparse.exporters.report import Exporter as Exporter
 from fxsparse.exporters.report import ExportReport as ExportReport
 from fxsparse.exporters.report import Target as Target
 from fxsparse.exporters.verify import Parity as Parity
-from fxsparse.exporters.verify import Verification as Verification

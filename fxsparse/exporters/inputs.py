@@ -28,6 +28,7 @@ class Inputs:
         constants: ``name (=value)`` of every input that is no tensor; ONNX bakes these into the graph.
         batched: positions in `tensors` whose axis 0 is the batch; empty when the batch size is fixed.
         reason: why the batch size is fixed; empty when it is not.
+        complexes: positions in `tensors` that are complex for the model, and pairs of numbers on a last axis here.
     """
 
     tensors: tuple[Tensor, ...]
@@ -35,6 +36,7 @@ class Inputs:
     constants: tuple[str, ...]
     batched: frozenset[int]
     reason: str
+    complexes: frozenset[int]
     _leaves: tuple[Any, ...]  # _HOLE where a tensor goes
     _spec: pytree.TreeSpec
 
@@ -45,7 +47,7 @@ class Inputs:
 
     def build(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Put `tensors` in the places of the example's: ``(args, kwargs)``."""
-        given = iter(tensors)
+        given = iter(torch.view_as_complex(t) if i in self.complexes else t for i, t in enumerate(tensors))
         leaves = [next(given) if leaf is _HOLE else leaf for leaf in self._leaves]
         args, kwargs = pytree.tree_unflatten(leaves, self._spec)
         return args, kwargs
@@ -54,14 +56,27 @@ class Inputs:
         """The example at another batch size: its rows, repeated or cut."""
         return [_rows(t, size) if i in self.batched else t.clone() for i, t in enumerate(self.tensors)]
 
-    def draw(self, size: int, generator: torch.Generator, width: float = 1.0) -> list[Tensor]:
+    def draw(self, size: int, generator: torch.Generator, width: float = 1.0, shift: float = 0.0) -> list[Tensor]:
         """Random inputs of the example's kind at batch size `size`.
 
-        Floating inputs are normal with the example's mean and deviation times `width`; uniform over the example's range
-        where it has one sign, so that logarithms and roots stay defined. Integers and booleans are drawn from the
-        example's own values, so that they stay valid indices.
+        Floating inputs are normal with the example's mean and deviation times `width`, moved by `shift` such
+        deviations; uniform over the example's range where it has one sign, so that logarithms and roots stay defined.
+        Integers and booleans are drawn from the example's own values, so that they stay valid indices.
         """
-        return [_like(t, generator, width) for t in self.resized(size)]
+        return [_like(t, generator, width, shift) for t in self.resized(size)]
+
+    def vary(self, size: int, generator: torch.Generator) -> list[Tensor]:
+        """Inputs close to the example at batch size `size`: its rows in random order, its floats moved by 5 %.
+
+        Integers and booleans stay in their rows, so that whatever relations they have within a row hold on.
+        """
+        order = torch.randperm(size, generator=generator)
+        moved = [t[order] if i in self.batched else t for i, t in enumerate(self.resized(size))]
+        return [_nudged(t, 0.05, generator) for t in moved]
+
+    def rounded(self, tensors: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
+        """`tensors`, their floats moved by about one unit in the last place."""
+        return [_nudged(t, torch.finfo(t.dtype).eps if t.is_floating_point() else 0.0, generator) for t in tensors]
 
     def fixed(self, reason: str) -> Inputs:
         """The same inputs without a batch axis."""
@@ -80,11 +95,12 @@ def read_inputs(model: nn.Module, example_inputs: Any) -> Inputs:
         ExportError: when the model fails on the example itself, or there is no tensor among the inputs.
     """
     args, kwargs = split_inputs(example_inputs)
-    paths, spec = pytree.tree_flatten_with_path((args, kwargs))
-    positional = _positional_names(model, args)
-    leaves = tuple(leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf for _, leaf in paths)
-    names = _unique([_name(path, positional) for path, _ in paths])
-    tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+    flat, spec = pytree.tree_flatten((args, kwargs))
+    leaves = tuple(leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf for leaf in flat)
+    names = _unique(_names(model, args, kwargs, len(leaves)))
+    given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    complexes = frozenset(i for i, leaf in enumerate(given) if leaf.is_complex())
+    tensors = tuple(torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf for leaf in given)
     if not tensors:
         raise ExportError("`example_inputs` holds no tensor: give the tensors that `forward` takes, `(x,)` for one")
     inputs = Inputs(
@@ -97,6 +113,7 @@ def read_inputs(model: nn.Module, example_inputs: Any) -> Inputs:
         ),
         batched=frozenset(),
         reason="",
+        complexes=complexes,
         _leaves=tuple(_HOLE if isinstance(leaf, Tensor) else leaf for leaf in leaves),
         _spec=spec,
     )
@@ -150,6 +167,15 @@ def _positional_names(model: nn.Module, args: tuple[Any, ...]) -> list[str]:
     return names
 
 
+def _names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> list[str]:
+    try:
+        paths = [path for path, _ in pytree.tree_flatten_with_path((args, kwargs))[0]]
+    except ValueError:  # a registered class that cannot name its parts
+        return [f"input_{i}" for i in range(count)]
+    positional = _positional_names(model, args)
+    return [_name(path, positional) for path in paths]
+
+
 def _name(path: tuple[Any, ...], positional: list[str]) -> str:
     keys = [str(getattr(k, "idx", getattr(k, "key", getattr(k, "name", k)))) for k in path]
     first = positional[int(keys[1])] if keys[0] == "0" else keys[1]
@@ -170,7 +196,15 @@ def _rows(tensor: Tensor, size: int) -> Tensor:
     return tensor[torch.arange(size) % tensor.shape[0]].contiguous()
 
 
-def _like(example: Tensor, generator: torch.Generator, width: float) -> Tensor:
+def _nudged(tensor: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Every float plus or minus up to `share` of itself; what is neither float nor finite stays."""
+    if not tensor.is_floating_point():
+        return tensor
+    noise = 2 * torch.rand(tensor.shape, generator=generator, dtype=torch.float64) - 1
+    return (tensor.double() * (1 + share * noise)).to(tensor.dtype)
+
+
+def _like(example: Tensor, generator: torch.Generator, width: float, shift: float) -> Tensor:
     if not example.is_floating_point():
         flat = example.flatten()
         if not flat.numel() or example.is_complex():
@@ -180,10 +214,10 @@ def _like(example: Tensor, generator: torch.Generator, width: float) -> Tensor:
     finite = values[values.isfinite()]
     low, high = (float(finite.min()), float(finite.max())) if finite.numel() else (0.0, 0.0)
     if low == high == 0.0:
-        drawn = torch.randn(example.shape, generator=generator, dtype=torch.float64) * width
+        drawn = torch.randn(example.shape, generator=generator, dtype=torch.float64) * width + shift * width
     elif low < 0.0 < high:
         noise = torch.randn(example.shape, generator=generator, dtype=torch.float64)
-        drawn = finite.mean() + finite.std(correction=0) * width * noise
+        drawn = finite.mean() + finite.std(correction=0) * width * (noise + shift)
     else:
         low, high = (low, high) if low < high else (min(0.0, 2 * low), max(0.0, 2 * low))
         drawn = low + (high - low) * torch.rand(example.shape, generator=generator, dtype=torch.float64)

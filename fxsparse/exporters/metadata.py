@@ -33,7 +33,8 @@ class Layer:
         numel: number of entries.
         pattern: its pattern, as written in Python.
         route: where the mask took effect in training.
-        initializers: initializers of the file that store it, each with the order of its axes there.
+        initializers: initializers of the file that store it whole, each with the order of its axes there.
+        parts: initializers that together hold its rows, among others, where none holds it whole.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Layer:
     pattern: str
     route: str
     initializers: Mapping[str, tuple[int, ...]]
+    parts: tuple[str, ...] = ()
 
     @property
     def density(self) -> float:
@@ -60,7 +62,8 @@ def layers_of(weights: Mapping[str, MaskedWeight], placements: Sequence[Placemen
             numel=weight.mask.numel(),
             pattern=str(weight.spec.pattern),
             route=weight.spec.route.value,
-            initializers={p.initializer: p.axes for p in placements if p.weight == name},
+            initializers={p.initializer: p.axes for p in placements if p.weight == name and not p.part},
+            parts=tuple(p.initializer for p in placements if p.weight == name and p.part),
         )
         for name, weight in weights.items()
     )
@@ -109,8 +112,9 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Returns:
         ``schema``, ``version``, ``torch``, ``batch``, ``mask_digest`` (text), ``density`` (float), ``layers`` (a dict
-        for each masked weight: name, shape, alive, numel, density, pattern, route, initializers), ``provenance`` (a
-        dict for each graph node that a pass made: graph, node, pass, what, source) and ``lineage`` (a dict, as given).
+        for each masked weight: name, shape, alive, numel, density, pattern, route, initializers, parts),
+        ``provenance`` (a dict for each graph node that a pass made: graph, node, pass, what, source) and ``lineage``
+        (a dict, as given).
 
     Raises:
         ExportError: when the file cannot be read, or was not written by fxsparse.

@@ -5,19 +5,19 @@ from __future__ import annotations
 import ast
 import io
 import logging
-import re
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from fxsparse.errors import ExportError
-from fxsparse.exporters.inputs import Inputs, first_line
+from fxsparse.exporters.causes import reason_of
+from fxsparse.exporters.inputs import Inputs
+from fxsparse.exporters.outputs import flatten_outputs
+from fxsparse.exporters.switches import ExplicitAttention
 from fxsparse.graph import preserved_rng
 
 OLDEST_OPSET = 18
@@ -31,21 +31,6 @@ _LOGGERS = ("torch.onnx", "torch.export", "torch._dynamo", "torch.fx", "onnxscri
 _BATCH = "batch"
 
 
-@dataclass(frozen=True, eq=False)
-class Program:
-    """An exported program.
-
-    Attributes:
-        onnx: the `torch.onnx.ONNXProgram`, not yet optimised.
-        inputs: the inputs with the batch axis that the program really has.
-        outputs: names of the outputs.
-    """
-
-    onnx: Any
-    inputs: Inputs
-    outputs: tuple[str, ...]
-
-
 class Flat(nn.Module):
     """A model as a function from tensors to a tuple of tensors.
 
@@ -53,77 +38,71 @@ class Flat(nn.Module):
     trailing dict as keywords, reorder keywords and refuse ``**kwargs`` of dynamic shape.
     """
 
-    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+    def __init__(self, model: nn.Module, inputs: Inputs, explicit: bool = False) -> None:
         super().__init__()
         self.model = model
         self.inputs = inputs
+        self.explicit = explicit
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run the model; the tensors among its outputs in their flattened order."""
         args, kwargs = self.inputs.build(tensors)
-        return tuple(leaf for leaf in pytree.tree_leaves(self.model(*args, **kwargs)) if isinstance(leaf, Tensor))
+        with ExplicitAttention() if self.explicit else nullcontext():
+            found = [*flatten_outputs(self.model(*args, **kwargs)).tensors.values()]
+        seen = {id(tensor) for tensor in tensors}
+        for i, tensor in enumerate(found):  # ONNX names values: an output that is another one too needs its own
+            if id(tensor) in seen:
+                found[i] = tensor.clone()
+            seen.add(id(tensor))
+        return tuple(found)
 
 
-def output_names(outputs: Any, taken: Sequence[str]) -> tuple[str, ...]:
-    """Names of the outputs: the keys of dicts, the positions in tuples; none of `taken`.
+def export_program(
+    model: nn.Module, inputs: Inputs, outputs: Mapping[str, int], opset: int | None, explicit: bool
+) -> Any:
+    """Export a plain model in eval mode on the CPU by torch.export.
 
-    Raises:
-        ExportError: when an output is neither a tensor nor None, or there is no tensor among them.
-    """
-    names: list[str] = []
-    for path, leaf in pytree.tree_flatten_with_path(outputs)[0]:
-        keys = [str(getattr(k, "idx", getattr(k, "key", getattr(k, "name", k)))) for k in path]
-        name = re.sub(r"\W", "_", "_".join(keys)) or "output"
-        name = f"output_{name}" if name[0].isdigit() else name
-        if leaf is None:
-            continue
-        if not isinstance(leaf, Tensor):
-            raise ExportError(
-                f"output `{name}` (={leaf!r}) is no tensor and ONNX has no place for it: "
-                "return tensors only, or export a wrapper that drops it"
-            )
-        while name in taken or name in names:
-            name += "_out"
-        names.append(name)
-    if not names:
-        raise ExportError("the model returns no tensor: nothing can be exported")
-    return tuple(names)
+    Args:
+        model: the model.
+        inputs: the example; its batch is dynamic in the file when it has one.
+        outputs: names of the outputs, each with its number of axes.
+        opset: operator set of the file, None for torch's default.
+        explicit: whether scaled dot-product attention is written out.
 
-
-def export_program(model: nn.Module, inputs: Inputs, outputs: tuple[str, ...], opset: int | None) -> Program:
-    """Export a plain model in eval mode on the CPU; with a dynamic batch where it can be, else with a fixed one.
+    Returns:
+        A `torch.onnx.ONNXProgram`, not yet optimised.
 
     Raises:
         ExportError: when torch cannot export the model, or not in this `opset`.
     """
-    _check_opset(opset)
-    program = None
-    if inputs.batched:
-        size = max(2, inputs.batch)  # torch.export takes a size of 1 for a constant
-        try:
-            program = _export(model, inputs, inputs.resized(size), outputs, opset)
-            if not _is_dynamic(program, inputs):
-                inputs = inputs.fixed(f"torch.export found that the model works at batch size {size} only")
-                program = None
-        except Exception as error:
-            inputs = inputs.fixed(f"torch.export with a dynamic batch: {first_line(root_cause(error))}")
-    if program is None:
-        try:
-            program = _export(model, inputs, list(inputs.tensors), outputs, opset)
-        except Exception as error:
-            raise ExportError(
-                f"torch cannot export this model to ONNX ({first_line(root_cause(error))}): "
-                "rewrite that part of `forward`, or export the part of the model around it"
-            ) from error
-    version = program.model.opset_imports.get("")
-    if opset is not None and version != opset:
-        said = f"`opset` (={opset}) could not be reached, torch wrote {version}"
-        raise ExportError(f"{said}: leave it out for the default")
-    _strip_prefix(program)
-    return Program(program, inputs, outputs)
+    size = max(2, inputs.batch)  # torch.export takes a size of 1 for a constant
+    tensors = inputs.resized(size) if inputs.batched else [tensor.clone() for tensor in inputs.tensors]
+    shapes = tuple({0: _BATCH} if i in inputs.batched else None for i in range(len(tensors)))
+    options: dict[str, Any] = {} if opset is None else {"opset_version": opset}
+    try:
+        with quiet(), preserved_rng(), torch.no_grad():
+            program: Any = torch.onnx.export(
+                Flat(model, inputs, explicit).eval(),
+                tuple(tensors),
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+                external_data=False,
+                input_names=list(inputs.names),
+                output_names=list(outputs),
+                dynamic_shapes=(shapes,) if inputs.batched else None,
+                **options,
+            )
+    except Exception as error:  # torch and onnxscript raise whatever they meet
+        raise ExportError(reason_of(error, model)) from error
+    if inputs.batched and not _is_dynamic(program, inputs):
+        raise ExportError(f"torch.export found that the model works at batch size {size} only")
+    strip_prefix(program.model)
+    return program
 
 
-def _check_opset(opset: int | None) -> None:
+def check_opset(opset: int | None) -> None:
+    """Raise ExportError for an `opset` that neither torch nor onnx can write."""
     from onnx import defs
 
     if opset is not None and not OLDEST_OPSET <= opset <= defs.onnx_opset_version():
@@ -134,24 +113,11 @@ def _check_opset(opset: int | None) -> None:
         )
 
 
-def _export(
-    model: nn.Module, inputs: Inputs, tensors: list[Tensor], outputs: tuple[str, ...], opset: int | None
-) -> Any:
-    shapes = tuple({0: _BATCH} if i in inputs.batched else None for i in range(len(tensors)))
-    options: dict[str, Any] = {} if opset is None else {"opset_version": opset}
-    with quiet(), preserved_rng(), torch.no_grad():
-        return torch.onnx.export(
-            Flat(model, inputs).eval(),
-            tuple(tensors),
-            dynamo=True,
-            optimize=False,
-            verbose=False,
-            external_data=False,
-            input_names=list(inputs.names),
-            output_names=list(outputs),
-            dynamic_shapes=(shapes,) if inputs.batched else None,
-            **options,
-        )
+def check_reached(version: int | None, opset: int | None) -> None:
+    """Raise ExportError when the operator set of a program is not the one that was asked for."""
+    if opset is not None and version != opset:
+        said = f"`opset` (={opset}) could not be reached, torch wrote {version}"
+        raise ExportError(f"{said}: leave it out for the default")
 
 
 @contextmanager
@@ -162,7 +128,7 @@ def quiet() -> Iterator[None]:
     try:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -170,20 +136,14 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def root_cause(error: BaseException) -> BaseException:
-    """The first error of a chain of errors."""
-    while (earlier := error.__cause__ or error.__context__) is not None:
-        error = earlier
-    return error
-
-
 def _is_dynamic(program: Any, inputs: Inputs) -> bool:
     graph_inputs = {value.name: value for value in program.model.graph.inputs}
     return all(not isinstance(graph_inputs[inputs.names[i]].shape[0], int) for i in inputs.batched)
 
 
-def _strip_prefix(program: Any) -> None:
-    for value in list(program.model.graph.initializers.values()):
+def strip_prefix(model: Any) -> None:
+    """Give the initializers of an `onnx_ir.Model` of a `Flat` the names that the parameters have in its model."""
+    for value in list(model.graph.initializers.values()):
         if value.name.startswith(_PREFIX):
             value.name = value.name.removeprefix(_PREFIX)
 

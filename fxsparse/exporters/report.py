@@ -11,6 +11,15 @@ from fxsparse.exporters.metadata import Layer
 from fxsparse.exporters.verify import Parity
 
 
+class Exporter(enum.Enum):
+    """How the graph was taken from Python."""
+
+    EXPORT = "torch.export"
+    """``torch.onnx.export(dynamo=True)``."""
+    TRACE = "legacy exporter"
+    """``torch.onnx.export(dynamo=False)``: a trace of the example, accepted only after verification."""
+
+
 class Target(enum.Enum):
     """The runtime that a file is made for."""
 
@@ -26,7 +35,9 @@ class ExportReport:
         path: the file.
         target: the runtime that it is made for.
         opset: its operator set.
-        batch: "dynamic", or the fixed size.
+        batch: "dynamic", or the fixed size; `notes` say why it is fixed.
+        exporter: how the graph was taken from Python.
+        switches: what was set on the exported copy so that it could be exported.
         bytes: size of the file.
         dense_bytes: size of the same model with every weight alive.
         parameters: entries of all parameters, each once.
@@ -44,6 +55,8 @@ class ExportReport:
     target: Target
     opset: int
     batch: str
+    exporter: Exporter
+    switches: tuple[str, ...]
     bytes: int
     dense_bytes: int
     parameters: int
@@ -77,8 +90,10 @@ class ExportReport:
         macs = "not counted"
         if self.macs_dense is not None:
             macs = f"{self.macs_effective:,} of {self.macs_dense:,} for one sample"
+        way = ", ".join([self.exporter.value, batch, *(f"with {switch}" for switch in self.switches)])
         rows = [
-            ("file", f"{self.path} (opset {self.opset}, {batch}, for {self.target.value} onnxruntime)"),
+            ("file", f"{self.path} (opset {self.opset}, for {self.target.value} onnxruntime)"),
+            ("exported", way),
             ("bytes", f"{self.bytes:,} (dense {self.dense_bytes:,})"),
             ("parameters", f"{self.alive:,} of {self.parameters:,} alive"),
             ("masked", f"{len(self.layers)} weights, density {self.density:.4f}"),

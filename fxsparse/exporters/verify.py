@@ -3,49 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fxsparse.errors import ConfigError, ExportError
+from fxsparse.errors import ExportError
 from fxsparse.exporters.inputs import Inputs, first_line
-from fxsparse.exporters.program import Flat
-from fxsparse.graph import preserved_rng
+from fxsparse.exporters.reference import Case, Reference
 
-_WIDTHS = (1.0, 4.0)
-
-
-@dataclass(frozen=True)
-class Verification:
-    """What to verify on.
-
-    Attributes:
-        batch_sizes: batch sizes to run, each at least 1; a model of fixed batch runs at the example's.
-        draws: inputs for each batch size: the example first, then random ones of one and of four times its deviation.
-        seed: seed of the random inputs.
-        tolerance: largest difference allowed, relative to the largest value of the output in that run. None derives it:
-            ten times the error that float32 PyTorch itself makes against float64 on these inputs, at least 64 units
-            in the last place (8 for half precision), at most 1e-3.
-
-    Raises:
-        ConfigError: for a value out of range.
-    """
-
-    batch_sizes: tuple[int, ...] = (1, 2, 5, 16)
-    draws: int = 4
-    seed: int = 0
-    tolerance: float | None = None
-
-    def __post_init__(self) -> None:
-        if not self.batch_sizes or min(self.batch_sizes) < 1:
-            raise ConfigError(f"`batch_sizes` (={self.batch_sizes}) must name at least one size of 1 or more")
-        if self.draws < 1:
-            raise ConfigError(f"`draws` (={self.draws}) must be at least 1")
-        if self.tolerance is not None and not 0.0 <= self.tolerance < 1.0:
-            raise ConfigError(f"`tolerance` (={self.tolerance}) must be in [0, 1): it is relative to the output")
+_UNSTABLE = 1e-3  # a run on which PyTorch disagrees with itself by more shows nothing
+_LARGEST = 1e-3  # relative difference that is allowed at most
 
 
 @dataclass(frozen=True)
@@ -60,6 +29,8 @@ class Parity:
         allowed: the largest relative difference that was allowed, of the output that came closest to it.
         float32_error: largest relative error of PyTorch itself, in the model's own precision, against the reference.
         reference: the dtype in which the reference ran.
+        varied: whether any output was more than one constant number over all runs.
+        notes: runs that show nothing, outputs that never change, inputs that had to stay close to the example.
     """
 
     batch_sizes: tuple[int, ...]
@@ -69,6 +40,8 @@ class Parity:
     allowed: float
     float32_error: float
     reference: str
+    varied: bool = True
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return (
@@ -78,66 +51,79 @@ class Parity:
         )
 
 
+@dataclass(frozen=True)
+class _Column:
+    """The differences of one output over all runs."""
+
+    absolute: float
+    relative: float
+    allowed: float
+    noise: float
+    constant: bool = False
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A case with what onnxruntime gave; `loose` where PyTorch itself is not stable on it."""
+
+    case: Case
+    got: list[Any]
+    loose: bool
+
+
 def feed_of(session: Any, inputs: Inputs, tensors: Sequence[Tensor]) -> dict[str, Any]:
     """Arrays by input name, for those inputs that the session still has."""
     wanted = {value.name for value in session.get_inputs()}
     return {name: t.numpy() for name, t in zip(inputs.names, tensors, strict=True) if name in wanted}
 
 
-def verify(session: Any, model: nn.Module, inputs: Inputs, options: Verification) -> Parity:
-    """Compare a session with a model on many inputs.
+def verify(session: Any, expected: Reference, tolerance: float | None = None) -> Parity:
+    """Compare a session with the runs of a model.
+
+    Runs on which PyTorch itself moves by more than 1e-3 (or to another length) when it is rounded otherwise, as by a
+    near tie of scores in a detector, are left out. Where less than half of the runs remain, those of them that agree
+    to 1e-3 with PyTorch in its own precision count as well.
 
     Args:
         session: an onnxruntime session.
-        model: a private copy of the model, in eval mode on the CPU; its precision is changed here.
-        inputs: the example, with the batch axis that the file has.
-        options: what to run.
+        expected: the runs of the model.
+        tolerance: as in `Verification`.
 
     Returns:
         The differences found; all are within the tolerance.
 
     Raises:
-        ExportError: a difference beyond the tolerance, another shape or dtype, an output that is never finite, a model
-            that does not repeat itself, or an error in onnxruntime.
+        ExportError: a difference beyond the tolerance, another shape or dtype, too few runs that show something, or an
+            error in onnxruntime.
     """
-    cases = _cases(inputs, options)
-    found = [_run_session(session, inputs, case) for case in cases]
-    with preserved_rng():
-        own = [_run(model, inputs, case) for case in cases]
-        _check_repeats(own[-1], _run(model, inputs, cases[-1]), session)
-        exact, reference = _reference(model, inputs, cases, own)
-    sizes = [size_of(inputs, case) for case in cases]
     names = [value.name for value in session.get_outputs()]
-    columns = []
-    for i, name in enumerate(names):
-        got, rounded, expected = ([run[i] for run in runs] for runs in (found, own, exact))
-        columns.append(_compare(name, got, rounded, expected, sizes, options.tolerance))
-    tightest = max(columns, key=lambda c: c[1] / c[2] if c[2] else 0.0)
+    _check_structure(expected.cases, names)
+    found = [_run_session(session, expected.inputs, case.tensors) for case in expected.cases]
+    kept = _comparable(found, expected.cases, names)
+    strict = all(not run.loose for run in kept)
+    tolerance = tolerance if strict or tolerance is not None else _LARGEST
+    columns = [_compare(name, i, kept, tolerance) for i, name in enumerate(names)]
+    tightest = max(columns, key=lambda c: c.relative / c.allowed if c.allowed else 0.0)
     return Parity(
-        batch_sizes=tuple(sorted(set(sizes))),
-        samples=sum(sizes),
-        worst_absolute=max(c[0] for c in columns),
-        worst_relative=max(c[1] for c in columns),
-        allowed=tightest[2],
-        float32_error=max(c[3] for c in columns),
-        reference=reference,
+        batch_sizes=tuple(sorted({run.case.size for run in kept})),
+        samples=sum(run.case.size for run in kept),
+        worst_absolute=max(c.absolute for c in columns),
+        worst_relative=max(c.relative for c in columns),
+        allowed=tightest.allowed,
+        float32_error=max(c.noise for c in columns),
+        reference=expected.dtype if strict else "same-precision",
+        varied=not all(c.constant for c in columns),
+        notes=(*expected.notes, *_notes(names, columns, len(expected.cases), len(kept))),
     )
 
 
-def size_of(inputs: Inputs, tensors: Sequence[Tensor]) -> int:
-    """The batch size of a case; of a fixed one the first axis of the first input that has one."""
-    position = min(inputs.batched, default=next((i for i, t in enumerate(tensors) if t.ndim), None))
-    return 1 if position is None else int(tensors[position].shape[0])
-
-
-def _cases(inputs: Inputs, options: Verification) -> list[list[Tensor]]:
-    generator = torch.Generator().manual_seed(options.seed)
-    sizes = options.batch_sizes if inputs.batched else (inputs.batch,) * len(options.batch_sizes)
-    cases = []
-    for size in sizes:
-        cases.append(inputs.resized(size))
-        cases += [inputs.draw(size, generator, _WIDTHS[i % len(_WIDTHS)]) for i in range(options.draws - 1)]
-    return cases
+def _check_structure(cases: Sequence[Case], names: Sequence[str]) -> None:
+    for case in cases:
+        if not len(case.own) == len(case.exact) == len(names):
+            raise ExportError(
+                f"verification failed: the model returns {len(case.own)} tensors at batch size {case.size} and "
+                f"{len(names)} for the example: return the same structure for all inputs"
+            )
 
 
 def _run_session(session: Any, inputs: Inputs, tensors: Sequence[Tensor]) -> list[Any]:
@@ -148,73 +134,126 @@ def _run_session(session: Any, inputs: Inputs, tensors: Sequence[Tensor]) -> lis
         raise ExportError(f"verification failed: onnxruntime stops on inputs {shapes} ({first_line(error)})") from error
 
 
-def _run(model: nn.Module, inputs: Inputs, tensors: Sequence[Tensor]) -> list[Any]:
-    with torch.no_grad():
-        return [t.clone().numpy() for t in Flat(model, inputs)(*(tensor.clone() for tensor in tensors))]
+def _comparable(found: list[list[Any]], cases: Sequence[Case], names: Sequence[str]) -> list[_Run]:
+    """The runs that show something: stable ones; where they are few, also those that agree with PyTorch as it is."""
+    free = _free_lengths(cases)
+    strict, loose = [], []
+    for got, case in zip(found, cases, strict=True):
+        if _settled(case) and not _other_length(got, case, free):
+            _check_shapes(names, got, case)
+            strict.append(_Run(case, got, False))
+        elif _agrees(got, case):
+            own = replace(case, exact=[y.astype(np.float64) if y.dtype.kind == "f" else y for y in case.own])
+            loose.append(_Run(own, got, True))
+    if 2 * len(strict) >= len(cases):
+        return strict
+    if 2 * (len(strict) + len(loose)) < len(cases):
+        raise ExportError(
+            f"verification failed: {len(strict)} of {len(cases)} runs can be compared, on the others the model itself "
+            "changes its outputs when its numbers are rounded otherwise (near ties that it sorts or thresholds): "
+            "give example inputs on which it is stable, or export the part before the decisions"
+        )
+    return strict + loose
 
 
-def _check_repeats(first: Sequence[Any], second: Sequence[Any], session: Any) -> None:
-    for value, a, b in zip(session.get_outputs(), first, second, strict=True):
-        if not np.array_equal(a, b, equal_nan=np.issubdtype(a.dtype, np.floating)):
+def _settled(case: Case) -> bool:
+    """Whether PyTorch gives the same when it is rounded otherwise."""
+    return all(_near(own, exact) for own, exact in zip(case.own, case.exact, strict=True))
+
+
+def _agrees(got: list[Any], case: Case) -> bool:
+    return all(
+        a.shape == b.shape and a.dtype == b.dtype and (_near(a, b) if b.dtype.kind == "f" else np.array_equal(a, b))
+        for a, b in zip(got, case.own, strict=True)
+    )
+
+
+def _near(own: Any, exact: Any) -> bool:
+    if own.shape != exact.shape:
+        return False
+    if own.dtype.kind != "f":
+        return True
+    overflowed = np.where(np.isfinite(own), exact, own)
+    relative = _relative(own, overflowed, float(np.finfo(own.dtype).tiny))
+    return relative <= max(_UNSTABLE, 8 * float(np.finfo(own.dtype).eps))
+
+
+def _other_length(got: list[Any], case: Case, free: set[int]) -> bool:
+    """Whether an output whose length depends on values has another length here."""
+    return any(
+        i in free and a.ndim == b.ndim and a.shape != b.shape
+        for i, (a, b) in enumerate(zip(got, case.own, strict=True))
+    )
+
+
+def _check_shapes(names: Sequence[str], got: list[Any], case: Case) -> None:
+    for name, a, b in zip(names, got, case.own, strict=True):
+        if a.shape != b.shape or a.dtype != b.dtype:
             raise ExportError(
-                f"verification failed: output `{value.name}` of the PyTorch model differs between two equal calls; "
-                "remove the randomness or state (dropout that is always on, a counter) from its eval mode"
+                f"verification failed: output `{name}` is {a.dtype} {a.shape} in onnxruntime "
+                f"and {b.dtype} {b.shape} in PyTorch"
             )
 
 
-def _reference(
-    model: nn.Module, inputs: Inputs, cases: Sequence[Sequence[Tensor]], own: list[list[Any]]
-) -> tuple[list[list[Any]], str]:
-    """The model's outputs in float64, or its own where it cannot run so."""
-    wide = [[t.double() if t.is_floating_point() else t for t in case] for case in cases]
-    try:
-        model.double()
-        return [_run(model, inputs, case) for case in wide], "float64"
-    except Exception:  # a forward that names its dtype fails in another
-        return own, "same-precision"
+def _free_lengths(cases: Sequence[Case]) -> set[int]:
+    """Positions of the outputs whose shape depends on values: it differs at one batch size."""
+    shapes: dict[tuple[int, int], set[tuple[int, ...]]] = {}
+    for case in cases:
+        for outputs in (case.own, case.exact):
+            for i, output in enumerate(outputs):
+                shapes.setdefault((case.size, i), set()).add(output.shape)
+    return {i for (_, i), found in shapes.items() if len(found) > 1}
 
 
-def _compare(
-    name: str, found: list[Any], own: list[Any], exact: list[Any], sizes: list[int], tolerance: float | None
-) -> tuple[float, float, float, float]:
-    """(worst absolute, worst relative, allowed relative, error of PyTorch itself) of one output over all runs."""
-    for got, expected in zip(found, own, strict=True):
-        if got.shape != expected.shape or got.dtype != expected.dtype:
-            raise ExportError(
-                f"verification failed: output `{name}` is {got.dtype} {got.shape} in onnxruntime "
-                f"and {expected.dtype} {expected.shape} in PyTorch"
-            )
+def _compare(name: str, i: int, runs: Sequence[_Run], tolerance: float | None) -> _Column:
+    found = [run.got[i] for run in runs]
+    own, exact = [run.case.own[i] for run in runs], [run.case.exact[i] for run in runs]
     if not np.issubdtype(own[0].dtype, np.floating):
         return _compare_whole(name, found, own, exact)
-    if not any(np.isfinite(y).any() for y in exact) and any(y.size for y in exact):
-        raise ExportError(f"verification failed: output `{name}` is never finite, so nothing is shown: look for NaN")
     # what overflows in the model's own precision must overflow alike
     exact = [np.where(np.isfinite(a), b, a) for a, b in zip(own, exact, strict=True)]
     limits = np.finfo(own[0].dtype)
     tiny, eps = float(limits.tiny), float(limits.eps)
     floor = (64 if eps < 1e-4 else 8) * eps
     noise = max(_relative(a, b, tiny) for a, b in zip(own, exact, strict=True))
-    allowed = tolerance if tolerance is not None else min(max(10 * noise, floor), max(1e-3, floor))
+    allowed = tolerance if tolerance is not None else min(max(10 * noise, floor), max(_LARGEST, floor))
     worst_absolute = worst_relative = 0.0
-    for got, expected, size in zip(found, exact, sizes, strict=True):
+    for got, expected, run in zip(found, exact, runs, strict=True):
         relative, absolute = _relative(got, expected, tiny), _absolute(got, expected)
         if not relative <= allowed:
             raise ExportError(
-                f"verification failed: output `{name}` differs by {absolute:.3g} at batch size {size}, {relative:.3g} "
-                f"of its largest value; allowed is {allowed:.3g}. The exported graph does not compute what the model "
-                "computes: look for Python state or branches on values in `forward`"
+                f"verification failed: output `{name}` differs by {absolute:.3g} at batch size {run.case.size}, "
+                f"{relative:.3g} of its largest value; allowed is {allowed:.3g}. The exported graph does not compute "
+                "what the model computes: look for Python state or branches on values in `forward`"
             )
         worst_relative, worst_absolute = max(worst_relative, relative), max(worst_absolute, absolute)
-    return worst_absolute, worst_relative, allowed, noise
+    return _Column(worst_absolute, worst_relative, allowed, noise, _never_changes(own))
 
 
-def _compare_whole(name: str, found: list[Any], own: list[Any], exact: list[Any]) -> tuple[float, float, float, float]:
+def _compare_whole(name: str, found: list[Any], own: list[Any], exact: list[Any]) -> _Column:
     for got, a, b in zip(found, own, exact, strict=True):
         wrong = int(np.count_nonzero((got != a) & (got != b)))
         if wrong:
             said = f"output `{name}` ({got.dtype}) differs in {wrong} of {got.size} entries"
             raise ExportError(f"verification failed: {said}, where the model rounds to whole values or compares")
-    return 0.0, 0.0, 0.0, 0.0
+    return _Column(0.0, 0.0, 0.0, 0.0, _never_changes(own))
+
+
+def _never_changes(outputs: Sequence[Any]) -> bool:
+    """Whether all entries of all runs are one number, or there is none."""
+    values = [y.ravel()[0] for y in outputs if y.size]
+    return all(bool((y == values[0]).all()) for y in outputs if y.size)
+
+
+def _notes(names: Sequence[str], columns: Sequence[_Column], runs: int, kept: int) -> list[str]:
+    notes = [
+        f"output `{name}` is empty or one number for all inputs, so the verification shows little of it"
+        for name, column in zip(names, columns, strict=True)
+        if column.constant
+    ]
+    if kept < runs:
+        notes.append(f"{runs - kept} of {runs} runs were not compared: the model is not stable under rounding there")
+    return notes
 
 
 def _absolute(got: Any, expected: Any) -> float:

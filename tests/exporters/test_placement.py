@@ -31,6 +31,59 @@ def test_a_rescaled_weight_of_unknown_name_is_found_by_its_zeros() -> None:
     assert find("w", ["w"], pruned, stored) == [Placement("w", "val_7", (1, 0), False)]
 
 
+def test_a_reshaped_weight_is_found_and_checked() -> None:
+    kernel = np.where(RNG.random((3, 4)) < 0.5, 0, W).astype(np.float32)
+    (place,) = find("w", ["w"], kernel, {"val_1": kernel.T.reshape(4, 3, 1, 1), "other": W.reshape(2, 6)})
+    assert (place.initializer, place.axes, place.exact) == ("val_1", (1, 0), True)
+    stored = kernel.T.reshape(4, 3, 1, 1).copy()
+    check_zeros(place, kernel != 0, stored)
+    stored[tuple(np.argwhere(stored == 0)[0])] = 1.0
+    with pytest.raises(ExportError, match="1 dead entries are not zero in initializer `val_1`"):
+        check_zeros(place, kernel != 0, stored)
+    dense = fill_dead(place, kernel != 0, kernel.T.reshape(4, 3, 1, 1))
+    assert dense.shape == (4, 3, 1, 1) and np.all(dense != 0)
+
+
+BIG = RNG.standard_normal((6, 4)).astype(np.float32)
+OTHER = RNG.standard_normal((2, 6, 4)).astype(np.float32)
+
+PARTS = {
+    "split": {"q": BIG[:2], "k": BIG[2:4].T.copy(), "v": BIG[4:], "other": W},
+    "reordered": {"r": BIG[[4, 5, 0, 1, 2, 3]]},
+    "joined with another": {"w2": np.stack([BIG, OTHER[0]])},
+    "split by columns": {"a": BIG[:, :1].copy(), "b": BIG[:, 1:].T.copy()},
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_weight_in_parts_is_found(name: str) -> None:
+    stored = PARTS[name]
+    found = find("w", ["w"], BIG, stored, [OTHER[0]])
+    assert {p.initializer for p in found} == set(stored) - {"other"}
+    assert all(p.part and p.exact and p.axes == () for p in found)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_with_one_other_number_is_not_found(name: str) -> None:
+    stored = {key: value.copy() for key, value in PARTS[name].items()}
+    first = next(iter(stored.values()))
+    first.flat[0] = 7.0
+    assert find("w", ["w"], BIG, stored, [OTHER[0]]) == []
+
+
+def test_a_row_of_unknown_origin_could_be_a_revived_one() -> None:
+    pruned = BIG.copy()
+    pruned[3] = 0
+    assert find("w", ["w"], pruned, {"dense": BIG.copy()}) == []
+    assert find("w", ["w"], BIG, {"w2": np.stack([BIG, OTHER[0]])}, [OTHER[1]]) == []
+
+
+def test_rows_without_an_alive_entry_need_no_place() -> None:
+    weight = BIG.copy()
+    weight[3] = 0
+    assert [p.initializer for p in find("w", ["w"], weight, {"a": weight[:3], "b": weight[4:]})] == ["a", "b"]
+
+
 def test_neither_dense_nor_empty_weights_are_guessed_from_zeros() -> None:
     assert find("w", ["w"], W, {"other": W + 100}) == []
     assert find("w", ["w"], np.zeros_like(W), {"other": W}) == []

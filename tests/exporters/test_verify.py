@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fxsparse.errors import ExportError
 from fxsparse.exporters.inputs import read_inputs
-from fxsparse.exporters.verify import Parity, Verification, verify
+from fxsparse.exporters.reference import Verification, reference
+from fxsparse.exporters.verify import Parity, verify
 
 
 class Session:
@@ -36,8 +37,8 @@ class Session:
 def check(
     model: nn.Module, answer: Callable[[Any], list[Any]], x: Tensor, options: Verification | None = None
 ) -> Parity:
-    name = next(iter(read_inputs(model, (x,)).names))
-    return verify(Session(answer, [name], ["y"]), model, read_inputs(model, (x,)), options or Verification())
+    inputs, options = read_inputs(model, (x,)), options or Verification()
+    return verify(Session(answer, list(inputs.names), ["y"]), reference(model, inputs, options), options.tolerance)
 
 
 class Double(nn.Module):
@@ -169,3 +170,84 @@ def test_a_forward_that_names_its_dtype_is_compared_in_it() -> None:
 
     found = check(Named(), lambda x: [x @ np.eye(4, dtype=np.float32)], X)
     assert found.reference == "same-precision" and "same-precision PyTorch" in str(found)
+
+
+class Sorted(nn.Module):
+    """Scores that tie in a way that rounding decides, as in a detector."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = (x * 1e-9 + 1).sum(1)
+        order = scores.argsort(descending=True)
+        return x[order], order
+
+
+def test_runs_that_rounding_decides_count_only_where_they_agree() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(6, 5)
+    model, inputs = Sorted(), read_inputs(Sorted(), (x,))
+    expected = reference(model, inputs, Verification(batch_sizes=(6,), draws=8))
+
+    def same(x: Any) -> list[Any]:
+        return [t.numpy() for t in model(torch.from_numpy(x))]
+
+    found = verify(Session(same, ["x"], ["y", "order"]), expected)
+    assert found.reference == "same-precision" and found.allowed == 1e-3
+
+    def reversed_(x: Any) -> list[Any]:
+        return [y[::-1].copy() for y in same(x)]
+
+    with pytest.raises(ExportError, match=r"0 of 8 runs can be compared.*near ties"):
+        verify(Session(reversed_, ["x"], ["y", "order"]), expected)
+
+
+class Positive(nn.Module):
+    """Output of a length that depends on values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x[x > 0]
+
+
+def test_lengths_that_depend_on_values_are_compared_where_equal() -> None:
+    calls = []
+
+    def answer(x: Any) -> list[Any]:
+        calls.append(1)
+        y = 2 * x[x > 0]
+        return [y[1:]] if len(calls) == 3 else [y]
+
+    found = check(Positive(), answer, X, Verification(batch_sizes=(2, 3)))
+    assert any("1 of 8 runs were not compared" in note for note in found.notes)
+    with pytest.raises(ExportError, match="1 of 8 runs can be compared"):
+        check(Positive(), lambda x: [2 * x[x > 0][1:]], X, Verification(batch_sizes=(2, 3)))
+    with pytest.raises(ExportError, match="differs by"):
+        check(Positive(), lambda x: [2.02 * x[x > 0]], X, Verification(batch_sizes=(2, 3)))
+
+
+def test_an_output_that_never_changes_is_noted() -> None:
+    class Zero(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 0 * x
+
+    found = check(Zero(), lambda x: [0 * x], X)
+    assert not found.varied and any("`y` is empty or one number" in note for note in found.notes)
+
+
+def test_amplified_rounding_widens_the_tolerance_but_a_wrong_factor_fails() -> None:
+    """A deep chain that loses digits in every step."""
+
+    class Deep(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(3):
+                x = x / x.abs().max() + 100
+                x = x - 100
+            return x
+
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+
+    def answer(x: Any, factor: float = 1.0) -> list[Any]:
+        return [(Deep()(torch.from_numpy(x) * (1 + 1e-7)) * factor).numpy()]
+
+    found = check(Deep(), answer, x)
+    assert 3e-6 < found.float32_error < found.allowed <= 1e-3
+    with pytest.raises(ExportError, match="differs by"):
+        check(Deep(), lambda x: answer(x, 1.01), x)
