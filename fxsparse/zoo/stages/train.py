@@ -1,0 +1,164 @@
+"""Dead weights stay dead through training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+import fxsparse
+from fxsparse.graph.inputs import fresh_inputs
+from fxsparse.graph.scopes import seeded
+from fxsparse.sparsity import Uniform
+from fxsparse.zoo.measure import flatten, forward, loss_of, outputs_difference, train_run
+from fxsparse.zoo.subject import NotApplicableError, Sheet, Subject, first_line
+
+STEPS = 3
+LEARNING_RATE = 1e-3
+WEIGHT_DECAY = 0.01
+
+
+def train(subject: Subject, sheet: Sheet) -> None:
+    """Three steps of AdamW under static masks: at every moment the zeros of a masked weight are its dead entries."""
+    if isinstance(subject.trained, Exception):
+        raise NotApplicableError(f"the original does not train: {first_line(subject.trained)}")
+    sparse = subject.sparse
+    try:
+        _train(subject, sparse, sheet)
+    except BaseException:
+        subject.forget_sparse()
+        raise
+
+
+def _train(subject: Subject, sparse: nn.Module, sheet: Sheet) -> None:
+    masks = fxsparse.masks(sparse)
+    _check_density(subject, sparse, sheet)
+    never = _zeros_at_start(subject, masks)
+    _check_zeros(sparse, never, "as transformed", sheet)
+    _check_modes(subject, sparse, sheet)
+    _compare_gradients(subject, sparse, sheet)
+    optimizer = torch.optim.AdamW(sparse.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    density = sum(int(mask.sum()) for mask in masks.values()) / max(1, sum(mask.numel() for mask in masks.values()))
+    handle = fxsparse.attach(sparse, optimizer, fxsparse.Static(sparsity=1.0 - density, distribution=Uniform()))
+    kept = {name: mask.clone() for name, mask in masks.items()}
+    _check_zeros(sparse, never, "before the first step", sheet)
+    losses = []
+    sparse.train()
+    for step in range(STEPS):
+        args, kwargs = fresh_inputs(*subject.train_inputs())
+        optimizer.zero_grad(set_to_none=True)
+        with seeded(step):
+            loss = loss_of(flatten(sparse(*args, **kwargs))[1])
+            loss.backward()  # type: ignore[no-untyped-call]
+        _check_zeros(sparse, never, f"before step {step + 1}", sheet)
+        optimizer.step()
+        _check_zeros(sparse, never, f"after step {step + 1}", sheet)
+        losses.append(float(loss.detach()))
+    handle.detach()
+    optimizer.zero_grad(set_to_none=True)
+    moved = [name for name, mask in fxsparse.masks(sparse).items() if not torch.equal(mask, kept[name])]
+    sheet.check(not moved, f"static masks changed: {moved[:3]}")
+    sheet.numbers["losses"] = losses
+    sheet.check(
+        all(map(math.isfinite, losses)) or not math.isfinite(subject.trained.loss),  # type: ignore[union-attr]
+        f"the loss is not finite: {losses}",
+    )
+    _check_repeats(subject, sparse, sheet)
+
+
+def _check_density(subject: Subject, sparse: nn.Module, sheet: Sheet) -> None:
+    """Each mask keeps as many entries as planned, and the whole is as sparse as asked for."""
+    masks = fxsparse.masks(sparse)
+    off = []
+    for weight in subject.plan().masked:
+        alive = int(masks[weight.name].sum())
+        if alive != weight.target.alive:
+            off.append(f"`{weight.name}` keeps {alive}, planned {weight.target.alive}")
+    total, alive = sum(mask.numel() for mask in masks.values()), sum(int(mask.sum()) for mask in masks.values())
+    sheet.numbers["density"] = round(alive / max(1, total), 6)
+    sheet.check(not off, f"{len(off)} masks have another density than planned: {'; '.join(off[:3])}", wrong=True)
+    sheet.check(
+        abs(alive - (1 - subject.sparsity) * total) <= len(masks),
+        f"the masked weights have density {alive / max(1, total):.4f}, asked for {1 - subject.sparsity:.4f}",
+        wrong=True,
+    )
+
+
+def _zeros_at_start(subject: Subject, masks: Iterable[str]) -> dict[str, Tensor]:
+    """Alive entries that the original itself starts with at zero: the only alive ones that may be zero."""
+    original = dict(subject.build().named_parameters())
+    return {name: original[name].detach() == 0 for name in masks}
+
+
+def _check_zeros(sparse: nn.Module, never: dict[str, Tensor], when: str, sheet: Sheet) -> None:
+    for name, mask in fxsparse.masks(sparse).items():
+        zero = sparse.get_parameter(name).detach() == 0
+        alive_dead = int((~mask & ~zero).sum())
+        dead_alive = int((mask & zero & ~never[name]).sum())
+        if alive_dead or dead_alive:
+            text = f"`{name}` has {alive_dead} dead entries that are not zero and {dead_alive} alive zeros {when}"
+            sheet.check(False, text, wrong=True)
+            return
+
+
+def _check_modes(subject: Subject, sparse: nn.Module, sheet: Sheet) -> None:
+    """`train()` and `eval()` switch the same modules as they do in the original."""
+    original = subject.build()
+    for training in (False, True):
+        theirs = {name: module.training for name, module in original.train(training).named_modules()}
+        ours = {name: module.training for name, module in sparse.train(training).named_modules()}
+        off = sorted(name for name, flag in theirs.items() if ours.get(name, flag) != flag)
+        sheet.check(not off, f"train({training}) leaves other modes than the original's: {off[:3]}", wrong=True)
+
+
+def _compare_gradients(subject: Subject, sparse: nn.Module, sheet: Sheet) -> None:
+    """Alive entries get the gradient of the folded model, and the same parameters get none."""
+    buffers = {name: buffer.detach().clone() for name, buffer in sparse.named_buffers()}
+    folded = train_run(fxsparse.finalize(sparse).train(), subject.train_inputs())
+    found = train_run(sparse.train(), subject.train_inputs())
+    with torch.no_grad():
+        for name, buffer in sparse.named_buffers():
+            buffer.copy_(buffers[name])
+    missing, worst, where = gradient_gaps(folded.gradients, found.gradients, fxsparse.masks(sparse))
+    sheet.check(not missing, f"other parameters have no gradient than in the folded model: {missing[:3]}", wrong=True)
+    bound = subject.tolerance(1e-3)
+    sheet.within("alive_gradient_difference", worst, bound, f"gradients of alive entries{where and f' (`{where}`)'}")
+    apart = outputs_difference(folded.outputs, found.outputs)
+    sheet.within("train_output_difference", apart, subject.tolerance(), "outputs in train mode and the folded model's")
+
+
+def gradient_gaps(
+    expected: Mapping[str, Tensor | None], found: Mapping[str, Tensor | None], masks: Mapping[str, Tensor]
+) -> tuple[list[str], float, str]:
+    """Names with a gradient on one side only; the largest relative difference of alive entries, and its name."""
+    missing, worst, where = [], 0.0, ""
+    dense = {name: gradient.to_dense() for name, gradient in expected.items() if gradient is not None}
+    largest = max((float(gradient.abs().max()) for gradient in dense.values() if gradient.numel()), default=0.0)
+    for name in expected:
+        gradient = found.get(name)
+        if (name in dense) != (gradient is not None):
+            missing.append(name)
+        if name not in dense or gradient is None or not gradient.numel():
+            continue
+        gap = (dense[name] - gradient.to_dense()).abs()
+        if name in masks:
+            gap = torch.where(masks[name], gap, 0.0)
+        size = max(float(dense[name].abs().max()), 1e-3 * largest)
+        relative = float(gap.max()) / size if size else 0.0
+        if not relative <= worst:
+            worst, where = relative, name
+    return missing, worst, where
+
+
+def _check_repeats(subject: Subject, sparse: nn.Module, sheet: Sheet) -> None:
+    """Back in eval mode the trained model repeats itself, whatever the seed, where the original does."""
+    sparse.eval()
+    original = subject.build().eval()
+    if outputs_difference(subject.expected, forward(original, subject.inputs(), seed=7)) != 0.0:
+        sheet.remarks.append("random in eval mode")
+        return
+    first, second = forward(sparse, subject.inputs(), seed=3), forward(sparse, subject.inputs(), seed=4)
+    gap = outputs_difference(first, second)
+    sheet.within("repeat_difference", gap, 0.0, "outputs of the trained model in eval mode with two seeds")
