@@ -1,0 +1,106 @@
+"""From cells to arms: means over seeds with intervals, and paired differences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fxsparse.comparison.cell import Cell
+from fxsparse.report import Summary, summarise
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One method at one pattern and sparsity, over seeds.
+
+    Attributes:
+        label: The arm's name.
+        pattern: Its pattern, in words.
+        sparsity: What was asked for.
+        accuracy: Test accuracy in [0, 1].
+        reached: Mean sparsity reached.
+        flops: Mean training FLOPs over those of dense training with as many steps.
+        memory: Mean peak memory over that of dense training.
+        explored: Mean R_s.
+        against_static: Difference of the test accuracy to the static arm, paired by seed; None without one.
+    """
+
+    label: str
+    pattern: str
+    sparsity: float
+    accuracy: Summary
+    reached: float
+    flops: float
+    memory: float
+    explored: float
+    against_static: Summary | None
+
+
+def summarise_cells(cells: Mapping[Cell, Mapping[str, Any]], static: str | None = None) -> list[Arm]:
+    """One row per arm, pattern and sparsity, in order of appearance.
+
+    Args:
+        cells: Results by cell.
+        static: Label of the arm that others are compared with, seed by seed.
+    """
+    groups: dict[tuple[str, str, float], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.label, cell.pattern, cell.sparsity), []).append(cell)
+    arms = []
+    for (label, pattern, sparsity), members in groups.items():
+        mean = {key: sum(float(cells[c][key]) for c in members) / len(members) for key in _MEANS}
+        paired = [
+            cells[cell]["test_accuracy"] - cells[twin]["test_accuracy"]
+            for cell in members
+            if static not in (None, label) and (twin := Cell(str(static), pattern, sparsity, cell.seed)) in cells
+        ]
+        arms.append(
+            Arm(
+                label,
+                pattern,
+                sparsity,
+                summarise([cells[cell]["test_accuracy"] for cell in members]),
+                mean["sparsity"],
+                mean["flops"],
+                mean["memory"],
+                mean["explored"],
+                summarise(paired) if paired else None,
+            )
+        )
+    return arms
+
+
+_MEANS = ("sparsity", "flops", "memory", "explored")
+
+
+def lines(arms: Sequence[Arm]) -> list[tuple[str, ...]]:
+    """The table's cells as text: accuracy in percent with its 95 % interval."""
+    return [
+        (
+            arm.label,
+            arm.pattern,
+            f"{arm.sparsity:g}",
+            _percent(arm.accuracy),
+            "" if arm.against_static is None else _percent(arm.against_static, sign=True),
+            f"{arm.flops:.3f}",
+            f"{arm.memory:.3f}",
+            f"{arm.explored:.3f}",
+            str(arm.accuracy.count),
+        )
+        for arm in arms
+    ]
+
+
+COLUMNS = ("method", "pattern", "sparsity", "test accuracy %", "against static", "FLOPs", "memory", "R_s", "seeds")
+
+
+def markdown(arms: Sequence[Arm]) -> str:
+    """The table in Markdown."""
+    rows = [COLUMNS, tuple("---" for _ in COLUMNS), *lines(arms)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def _percent(summary: Summary, sign: bool = False) -> str:
+    mean = f"{100 * summary.mean:{'+' if sign else ''}.2f}"
+    return mean if summary.half_width is None else f"{mean} ± {100 * summary.half_width:.2f}"

@@ -1,0 +1,195 @@
+"""The comparison: equal terms for all arms, nothing trained twice, a table that can be checked by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from fxsparse.comparison import cell as cell_module
+from fxsparse.comparison import load_config, parse_config, run, summarise_cells
+from fxsparse.comparison.cell import Cell, load, train
+from fxsparse.comparison.config import KINDS, build
+from fxsparse.comparison.page import write_page
+from fxsparse.comparison.results import markdown
+from fxsparse.comparison.runner import cells
+from fxsparse.errors import ConfigError, DataError
+from fxsparse.sparsity import ERK, SharedSupport, Uniform, Unstructured, Wanda
+from fxsparse.training import ITOP, METHODS, PRUNINGS, Growth, OneShot, Regroup, RigL
+
+PATTERNS = {"unstructured": Unstructured(), "shared-support:10": SharedSupport(10)}
+
+
+def small(folder: Path, **changes: object) -> dict[str, object]:
+    values: dict[str, object] = {
+        "run": {"name": "t", "seeds": [0, 1], "results_dir": str(folder)},
+        "train": {"steps": 12, "learning_rate": 0.004},
+        "methods": {
+            "still": {"method": "Static"},
+            "rigl": {"method": "RigL", "options": {"every": 3}},
+            "snip": {"method": "SNIP"},
+        },
+        "sparsities": [0.8],
+    }
+    return {**values, **changes}
+
+
+def test_a_run_and_its_resumption(tmp_path, monkeypatch):
+    config = parse_config(small(tmp_path))
+    told: list[str] = []
+    home, arms = run(config, PATTERNS, progress=lambda cell, done, total: told.append(f"{done}/{total}"))
+    assert told == [f"{i}/8" for i in range(1, 9)] and len(cells(config)) == 8
+    assert [(arm.label, arm.accuracy.count) for arm in arms] == [("dense", 2), ("still", 2), ("rigl", 2), ("snip", 2)]
+    assert arms[0].flops == arms[0].memory == 1.0 and arms[0].against_static is None
+    assert all(arm.against_static is not None for arm in arms[2:]) and arms[1].against_static is None
+    for arm in arms[1:]:
+        assert abs(arm.reached - 0.8) < 0.01
+    assert (home / "table.md").read_text() == markdown(arms)
+    first = (home / "results.json").read_text()
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("trained twice")
+
+    monkeypatch.setattr("fxsparse.comparison.runner.train", refuse)
+    again, same = run(config, PATTERNS)
+    assert again == home and same == arms and (home / "results.json").read_text() == first
+    monkeypatch.undo()
+    (lost,) = (home / "cells").glob("rigl-*-1-*.json")
+    lost.unlink()
+    run(config, PATTERNS)
+    assert (home / "results.json").read_text() == first  # the same numbers come back
+    more = parse_config(small(tmp_path, sparsities=[0.8, 0.9]))
+    told.clear()
+    assert run(more, PATTERNS, progress=lambda cell, done, total: told.append(cell.key))[0] == home
+    assert len(told) == 6 and all("-0.9-" in key for key in told)
+
+
+def test_parallel_processes_give_the_same_numbers(tmp_path):
+    changes = {"methods": {"rigl": {"method": "RigL", "options": {"every": 3}}}, "dense": False}
+    one, arms = run(parse_config(small(tmp_path / "a", **changes)), PATTERNS)
+    values = small(tmp_path / "b", **changes)
+    values["run"] = {**values["run"], "workers": 2}
+    two, others = run(parse_config(values), PATTERNS)
+    assert arms == others and (one / "results.json").read_text() == (two / "results.json").read_text()
+
+
+def test_arms_share_weights_and_samples(tmp_path, monkeypatch):
+    config = parse_config(small(tmp_path, train={"steps": 3}))
+    splits = load(config)
+    seen: dict[str, list[torch.Tensor]] = {}
+    plain = cell_module._Trainer._rows
+    for label in ("dense", "still", "rigl", "snip"):
+        rows = seen.setdefault(label, [])
+        monkeypatch.setattr(
+            cell_module._Trainer, "_rows", lambda self, size, rows=rows: rows.append(plain(self, size)) or rows[-1]
+        )
+        train(config, Cell(label, "unstructured", 0.8, 1), Unstructured(), splits)
+    assert all(torch.equal(a, b) for label in seen for a, b in zip(seen["dense"], seen[label], strict=True))
+    models = [cell_module._model(config, splits, 1) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
+def test_costs_by_hand(tmp_path):
+    config = parse_config(
+        small(tmp_path, methods={"still": {"method": "Static", "options": {"distribution": "uniform"}}})
+    )
+    result = train(config, Cell("still", "unstructured", 0.75, 0), Unstructured(), load(config))
+    sizes = [64 * 300, 300 * 100, 100 * 10]
+    assert result["flops"] == pytest.approx(0.25, abs=1e-4) and result["steps"] == 12
+    # weight, gradient and Adam's two moments of the alive quarter, and a bit of mask for each of all
+    assert result["memory"] == pytest.approx((0.25 * 4 + 1 / 32) / 4, abs=1e-4)
+    assert result["explored"] == pytest.approx(0.25, abs=1e-4) and sum(sizes) == 50200
+
+
+def test_the_table_by_hand():
+    found = {
+        Cell("s", "p", 0.9, seed): {"test_accuracy": a, "sparsity": 0.9, "flops": 0.1, "memory": 0.2, "explored": 0.3}
+        for seed, a in enumerate((0.5, 0.6))
+    }
+    for seed, a in enumerate((0.7, 0.9)):
+        found[Cell("m", "p", 0.9, seed)] = {**found[Cell("s", "p", 0.9, 0)], "test_accuracy": a}
+    still, moved = summarise_cells(found, "s")
+    assert still.accuracy.mean == pytest.approx(0.55) and moved.accuracy.mean == pytest.approx(0.8)
+    assert moved.against_static.mean == pytest.approx(0.25)  # .2 and .3
+    half = 12.706 * 0.05 * math.sqrt(2) / math.sqrt(2)
+    assert moved.against_static.half_width == pytest.approx(half, rel=1e-3)
+    assert "| m | p | 0.9 | 80.00 ± 127.06 | +25.00 ± 63.53 | 0.100 | 0.200 | 0.300 | 2 |" in markdown([still, moved])
+
+
+def test_the_page(tmp_path):
+    found = {
+        Cell(label, pattern, s, 0): {"test_accuracy": 0.9, "sparsity": s, "flops": 1, "memory": 1, "explored": 1}
+        for label, pattern, s in [("dense", "", 0.0), ("<m>", "unstructured", 0.9), ("<m>", "2:4", 0.5)]
+    }
+    write_page(summarise_cells(found), tmp_path / "page.html", "a & b")
+    text = (tmp_path / "page.html").read_text()
+    assert "a &amp; b" in text and "&lt;m&gt;" in text and text.count("Plotly.newPlot") >= 2
+    assert "http" not in text[text.rindex("</script>") :]
+
+
+def test_every_method_can_be_an_arm():
+    assert set(KINDS.values()) == {*METHODS, *PRUNINGS}
+    arm = parse_config(
+        {
+            "methods": {
+                "a": {"method": "ITOP", "options": {"growth": "gradient", "distribution": "uniform", "alpha": 0.2}},
+                "b": {"method": "OneShot", "options": {"saliency": "wanda"}},
+                "c": {"method": "GMP", "options": {"regroup": {"every": 2}}},
+                "d": {"method": "RigL"},
+            }
+        }
+    ).methods
+    assert build(arm["a"], 0.5, 3) == ITOP(0.5, growth=Growth.GRADIENT, distribution=Uniform(), alpha=0.2, seed=3)
+    assert build(arm["b"], 0.5, 0) == OneShot(0.5, saliency=Wanda())
+    assert build(arm["c"], 0.5, 0).regroup == Regroup(every=2)
+    assert build(arm["d"], 0.5, 0) == RigL(0.5, distribution=ERK())
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([], "must hold sections"),
+        ({"trian": {}}, "`trian`"),
+        ({"train": {"steps": 0}}, "`train.steps` \\(=0\\)"),
+        ({"train": {"learning_rate": math.nan}}, "`train.learning_rate`"),
+        ({"run": {"seeds": []}}, "`run.seeds`"),
+        ({"sparsities": [1.0]}, "`sparsities.0`"),
+        ({"methods": {"x": {"method": "Rigl"}}}, "`methods.x`: `method` \\(=Rigl\\) is none of"),
+        (
+            {"methods": {"x": {"method": "RigL", "options": {"evry": 3}}}},
+            "`options.evry` \\(=3\\) is no option of RigL",
+        ),
+        ({"methods": {"x": {"method": "RigL", "options": {"every": 0}}}}, "`methods.x`: `every`"),
+        ({"methods": {"x": {"method": "RigL", "options": {"decay": "fast"}}}}, "`options.decay` .* is none of"),
+        ({"methods": {"x": {"method": "RigL", "options": {"distribution": "even"}}}}, "is none of uniform, erk"),
+        ({"methods": {"dense": {"method": "RigL"}}}, "name of the dense arm"),
+        ({"data": {"dataset": "idx"}}, "`data.folder`"),
+    ],
+)
+def test_bad_configurations_name_the_field(values, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_config(values)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("run: [")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(tmp_path / "bad.yaml")
+    config = parse_config(small(tmp_path, methods={"still": {"method": "Static"}}, dense=False, train={"steps": 1}))
+    home, _ = run(config, PATTERNS)
+    broken = next((home / "cells").iterdir())
+    for text in ("{", json.dumps({"other": 1})):
+        broken.write_text(text)
+        with pytest.raises(DataError, match="delete it, and it is trained again"):
+            run(config, PATTERNS)
+
+
+@pytest.mark.parametrize("name", ["compare_digits", "compare_fashion"])
+def test_shipped_configurations(name):
+    config = load_config(Path(__file__).resolve().parents[2] / "configs" / f"{name}.yaml")
+    assert len(config.run.seeds) >= 5 and "resu" in config.methods
