@@ -1,0 +1,248 @@
+"""Exact compaction: channels that are dead, or constant, are taken out of a model that computes the same without them.
+
+1. The model, masks folded, is recorded as an operator graph; its channels and its constants are found.
+2. The largest set of channels that nobody misses is solved for; constants are folded into the next bias.
+3. Parameters, buffers and masks are shortened, stated sizes follow, and the outputs are compared in float64. What
+   differs or fails is searched out by halves and left alone, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxsparse.errors import CaptureError, DataError, PassError
+from fxsparse.graph import split_inputs
+from fxsparse.graph.channels import Channels, analyse, closed_paths
+from fxsparse.graph.operators import OperatorGraph, operator_graph
+from fxsparse.passes.compact_apply import shorten
+from fxsparse.passes.compact_constants import propagate
+from fxsparse.passes.compact_shapes import rewrite
+from fxsparse.passes.compact_solve import Place, Solution, Solver
+from fxsparse.passes.compact_verify import difference, outputs, owned_copy
+
+TOLERANCE = 1e-12
+"""Permitted difference of an output in float64, relative to its largest value."""
+_NATIVE = 2.0**12  # units in the last place of the output's scale, where a model cannot run in float64
+_ATTEMPTS = 48
+
+Cluster = tuple[Place, ...]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Dimensions that were left whole, because the model did not run, or not equally, without the dead channels."""
+
+    places: Cluster
+    reason: str
+
+    def __str__(self) -> str:
+        shown = ", ".join(f"{name}[{dim}]" for name, dim in self.places[:3])
+        more = f" and {len(self.places) - 3} more" if len(self.places) > 3 else ""
+        return f"{shown}{more} left whole: {self.reason}"
+
+
+@dataclass(frozen=True, eq=False)
+class Compacted:
+    """A compacted model.
+
+    Attributes:
+        module: the model, with tensors of its own.
+        solution: what was removed.
+        channels: the analysis.
+        refused: what was left whole after a failed comparison.
+        loosened: masks that became unstructured because their pattern does not fit the shorter weight.
+        dtype: the dtype of the comparison; None = the model's own.
+        worst: largest difference of an output found, relative to its scale.
+        notes: what was found in train mode, and what could not be compared.
+    """
+
+    module: nn.Module
+    solution: Solution
+    channels: Channels = field(repr=False)
+    refused: tuple[Refused, ...] = ()
+    loosened: tuple[str, ...] = ()
+    dtype: torch.dtype | None = None
+    worst: float = 0.0
+    notes: tuple[str, ...] = ()
+
+
+def compact_channels(model: nn.Module, folded: nn.Module, example_inputs: Any) -> Compacted:
+    """Take the channels out of `model` that `folded`, the same model without masks, shows to be superfluous.
+
+    Both stay as they are.
+
+    Raises:
+        CaptureError: when the model cannot be run.
+        DataError: when its outputs are not finite, so that nothing can be compared.
+        PassError: when the model does not repeat itself.
+    """
+    args, kwargs = split_inputs(example_inputs)
+    graph = operator_graph(folded, example_inputs, routes=("recorder",))
+    channels = analyse(graph, closed_paths(folded), _train_graphs(folded, example_inputs, graph))
+    tensors = {**dict(folded.named_parameters()), **dict(folded.named_buffers())}
+    known = {node: found for each in channels.graphs for node, found in propagate(each, tensors).items()}
+    return _Search(model, Solver(channels, known), args, kwargs).run()
+
+
+def _train_graphs(folded: nn.Module, example_inputs: Any, graph: OperatorGraph) -> tuple[OperatorGraph, ...]:
+    """The graph of train mode, where that reads parameters that eval mode does not (auxiliary classifiers)."""
+    if not graph.unread:
+        return ()
+    try:
+        train = operator_graph(folded, example_inputs, training=True, routes=("recorder",))
+    except CaptureError:
+        return ()
+    return (train,) if set(graph.unread) - set(train.unread) else ()
+
+
+class _Search:
+    def __init__(self, model: nn.Module, solver: Solver, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.model, self.solver, self.inputs = model, solver, (args, kwargs)
+        self.dtype: torch.dtype | None = torch.float64
+        self.wide, self.expected = self._reference()
+        self.attempts, self.worst = 0, 0.0
+        self.trained: list[Tensor] | str | None = None
+        self.train_note = ""
+        self.refused: list[Refused] = []
+
+    def _reference(self) -> tuple[nn.Module, list[Tensor]]:
+        """The model and its outputs in float64 where it runs in it, else in its own precision."""
+        try:
+            wide = owned_copy(self.model, self.dtype)
+            return wide, self._outputs(wide, False)
+        except Exception:  # whatever a model raises that fixes its dtype
+            self.dtype = None
+            wide = owned_copy(self.model)
+            return wide, self._outputs(wide, False)
+
+    def _outputs(self, model: nn.Module, training: bool) -> list[Tensor]:
+        return outputs(model, *self.inputs, training, self.dtype)
+
+    def run(self) -> Compacted:
+        """Solve, try, and search for what fails."""
+        solution = self.solver.solve()
+        if not solution.kept:
+            return self._finish(solution)
+        self._check_reference()
+        error = self._attempt(solution)
+        if error is None:
+            return self._finish(solution)
+        clusters = solution.clusters
+        accepted: list[Cluster] = []
+        if len(clusters) == 1:
+            self.refused.append(Refused(clusters[0], error))
+        else:
+            middle = len(clusters) // 2
+            self._grow(clusters[:middle], clusters, accepted)
+            self._grow(clusters[middle:], clusters, accepted)
+        return self._finish(self._solve(clusters, accepted))
+
+    def _check_reference(self) -> None:
+        for index, output in enumerate(self.expected):
+            if output.is_floating_point() and not bool(torch.isfinite(output).any()) and output.numel():
+                raise DataError(f"output {index} holds no finite number, so equality cannot be shown: mend the model")
+        worst = difference(self.expected, self._outputs(self.wide, False))
+        if worst > self._allowed():
+            raise PassError(f"compact: the model does not repeat itself from the same seed (by {worst:.3g})")
+
+    def _allowed(self) -> float:
+        if self.dtype is not None:
+            return TOLERANCE
+        found = [output.dtype for output in self.expected if output.is_floating_point()]
+        return _NATIVE * max((torch.finfo(dtype).eps for dtype in found), default=0.0)
+
+    def _solve(self, clusters: Sequence[Cluster], accepted: Sequence[Cluster]) -> Solution:
+        chosen = {place for cluster in accepted for place in cluster}
+        return self.solver.solve({place for cluster in clusters for place in cluster} - chosen)
+
+    def _grow(self, candidates: Sequence[Cluster], clusters: Sequence[Cluster], accepted: list[Cluster]) -> None:
+        """Add those of the candidates that keep the model equal."""
+        if not candidates:
+            return
+        if self.attempts >= _ATTEMPTS:
+            self.refused += [Refused(cluster, "not tried: too many others failed") for cluster in candidates]
+            return
+        error = self._attempt(self._solve(clusters, [*accepted, *candidates]))
+        if error is None:
+            accepted.extend(candidates)
+        elif len(candidates) == 1:
+            self.refused.append(Refused(candidates[0], error))
+        else:
+            middle = len(candidates) // 2
+            self._grow(candidates[:middle], clusters, accepted)
+            self._grow(candidates[middle:], clusters, accepted)
+
+    def _attempt(self, solution: Solution) -> str | None:
+        """Why the model is not equal without these channels; None where it is."""
+        self.attempts += 1
+        candidate = owned_copy(self.wide)
+        try:
+            self._shorten(candidate, solution)
+            worst = difference(self.expected, self._outputs(candidate, False))
+        except Exception as error:  # whatever the shortened model raises
+            return f"{type(error).__name__} ({_first_line(error)})"
+        if not worst <= self._allowed():
+            return f"the outputs differ by {worst:.3g}"
+        if self.trained is None:
+            self.trained = self._trained()
+        if isinstance(self.trained, list):
+            try:
+                found = self._outputs(candidate, True)
+            except Exception as error:
+                return f"train mode: {type(error).__name__} ({_first_line(error)})"
+            self.train_note = self._train_note(self.trained, found)
+        self.worst = worst
+        return None
+
+    def _trained(self) -> list[Tensor] | str:
+        """The model's outputs in train mode, or why there are none."""
+        try:
+            return self._outputs(self.wide, True)
+        except Exception as error:  # a model may have no train mode for these inputs
+            return f"train mode: the model itself raises {type(error).__name__}"
+
+    def _train_note(self, expected: list[Tensor], found: list[Tensor]) -> str:
+        """How the two behave in train mode, where constants may be others."""
+        try:
+            worst = difference(expected, found)
+        except PassError as error:
+            return f"train mode: {error}"
+        if worst <= 1e3 * self._allowed():
+            return "train mode: equal"
+        return (
+            f"train mode: outputs differ by {worst:.3g} of their scale: constants are those of eval mode there (batch "
+            "statistics), or random numbers are drawn for fewer channels"
+        )
+
+    def _shorten(self, model: nn.Module, solution: Solution) -> tuple[str, ...]:
+        rewrite(model, self.solver.channels, solution.removed)
+        return shorten(model, solution.kept, solution.folds, solution.merges)
+
+    def _finish(self, solution: Solution) -> Compacted:
+        module = owned_copy(self.model)
+        loosened = self._shorten(module, solution) if solution.kept else ()
+        notes: tuple[str, ...] = ()
+        if solution.kept:
+            notes = (self.trained if isinstance(self.trained, str) else self.train_note,)
+            if self.dtype is None:
+                notes = (*notes, "the model does not run in float64; it was compared in its own precision")
+        return Compacted(
+            module=module,
+            solution=solution,
+            channels=self.solver.channels,
+            refused=tuple(self.refused),
+            loosened=loosened,
+            dtype=self.dtype,
+            worst=self.worst,
+            notes=notes,
+        )
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:160] if text else "no message"

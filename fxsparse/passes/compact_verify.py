@@ -1,0 +1,74 @@
+"""Whether a compacted model computes the same: outputs of the same inputs, run in float64 where the model can."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fxsparse.errors import PassError
+from fxsparse.graph import fresh_inputs, isolated_clone
+from fxsparse.graph.inputs import tensors_of
+from fxsparse.graph.scopes import mode_of, seeded
+
+_SEED = 20251
+
+
+def owned_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy that shares no tensor with the model, its floating tensors in `dtype`."""
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    clone = isolated_clone(model, copied=names)
+    if dtype is not None:
+        clone = clone._apply(partial(_cast, dtype=dtype))  # type: ignore[no-untyped-call]  # torch leaves it so
+    return clone
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def outputs(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool, dtype: torch.dtype | None
+) -> list[Tensor]:
+    """The output tensors of one run on a copy, from a fixed seed; the model stays as it is."""
+    with seeded(_SEED), torch.no_grad():
+        clone = owned_copy(model)
+        args, kwargs = fresh_inputs(args, kwargs)
+        if dtype is not None:
+            cast = partial(_cast, dtype=dtype)
+            args, kwargs = pytree.tree_map(lambda v: cast(v) if isinstance(v, Tensor) else v, (args, kwargs))
+        with mode_of(clone, training):
+            return tensors_of(clone(*args, **kwargs))
+
+
+def difference(expected: list[Tensor], found: list[Tensor]) -> float:
+    """The largest absolute difference, relative to the largest absolute value of that output.
+
+    Raises:
+        PassError: another number of outputs, another shape or dtype, or not the same NaN.
+    """
+    if len(expected) != len(found):
+        raise PassError(f"{len(found)} outputs instead of {len(expected)}")
+    worst = 0.0
+    for index, (old, new) in enumerate(zip(expected, found, strict=True)):
+        if old.shape != new.shape or old.dtype != new.dtype:
+            raise PassError(f"output {index} is {tuple(new.shape)} instead of {tuple(old.shape)}")
+        if not (old.is_floating_point() or old.is_complex()):
+            if not torch.equal(old, new):
+                raise PassError(f"output {index} differs in {int((old != new).sum())} of {old.numel()} entries")
+            continue
+        same = (old == new) | (old.isnan() & new.isnan())
+        if bool(same.all()):
+            continue
+        gap = torch.where(same, 0.0, (old - new).abs().double())
+        if not bool(gap.isfinite().all()):
+            raise PassError(f"output {index} has NaN or infinity where the other has none")
+        finite = old[old.isfinite()].abs()
+        scale = float(finite.max()) if finite.numel() else 0.0
+        if scale == 0.0:
+            raise PassError(f"output {index} is zero in the model and differs by {float(gap.max()):.3g}")
+        worst = max(worst, float(gap.max()) / scale)
+    return worst
