@@ -26,8 +26,9 @@ FLOORS: dict[str, set[str]] = {
     "exporters": {"sparsity", "nn", "graph", "passes", "planning"},
     "lottery": {"sparsity", "nn", "graph", "passes", "planning", "training", "models", "data"},
     "report": set(),
+    "comparison": {"sparsity", "nn", "graph", "passes", "planning", "training", "models", "data", "report"},
 }
-TOP = {"cli", "demo", "__init__", "__main__"}  # may import everything
+TOP = {"cli", "demo", "zoo", "__init__", "__main__"}  # may import everything
 HEAVY = ("onnx", "onnxruntime", "onnxscript", "plotly", "sklearn", "typer", "rich", "pydantic", "yaml", "hypothesis")
 
 FILES = sorted(PACKAGE.rglob("*.py"))

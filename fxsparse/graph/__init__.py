@@ -7,6 +7,9 @@ from fxsparse.graph.capture import Refusal as Refusal
 from fxsparse.graph.capture import capture as capture
 from fxsparse.graph.captured import CapturedModule as CapturedModule
 from fxsparse.graph.captured import graphs_of as graphs_of
+from fxsparse.graph.channels import ChannelGroup as ChannelGroup
+from fxsparse.graph.channels import Channels as Channels
+from fxsparse.graph.channels import channels as channels
 from fxsparse.graph.clone import isolated_clone as isolated_clone
 from fxsparse.graph.clone import structural_clone as structural_clone
 from fxsparse.graph.flops import micronet_flops as micronet_flops
@@ -18,6 +21,8 @@ from fxsparse.graph.match import WeightUse as WeightUse
 from fxsparse.graph.match import parameter_reads as parameter_reads
 from fxsparse.graph.match import verify_match_complete as verify_match_complete
 from fxsparse.graph.match import weight_uses as weight_uses
+from fxsparse.graph.operators import OperatorGraph as OperatorGraph
+from fxsparse.graph.operators import operator_graph as operator_graph
 from fxsparse.graph.provenance import Provenance as Provenance
 from fxsparse.graph.provenance import stamp as stamp
 from fxsparse.graph.recorder import Recording as Recording

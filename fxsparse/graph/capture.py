@@ -3,12 +3,14 @@
 1. One eager run under the recorder tells every use of every parameter (where example inputs are given).
 2. What symbolic tracing takes generically (the same graph in train and in eval mode, nothing frozen from a sample, no
    custom autograd function, no lost context) becomes a `CapturedModule`: the whole model, else its largest submodules.
-3. Each is checked on the example inputs, outputs and gradients, in train and in eval mode; what differs goes back to
-   Python, with the reason.
+3. They are compared with the model on the example inputs, in train and in eval mode; what differs goes back to Python,
+   with the reason.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Collection, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +19,13 @@ from torch import nn
 from fxsparse.errors import CaptureError
 from fxsparse.graph.captured import CapturedModule, graphs_of
 from fxsparse.graph.clone import structural_clone
-from fxsparse.graph.compare import Runs, differences, reference_runs
+from fxsparse.graph.compare import Difference, Reference, observe
 from fxsparse.graph.guards import NOTHING, Untraceable
 from fxsparse.graph.inputs import split_inputs
-from fxsparse.graph.recorder import Recording, record
-from fxsparse.graph.tracer import has_hooks, is_leaf, is_torch_layer, trace
+from fxsparse.graph.recorder import Recording
+from fxsparse.graph.tracer import Trace, has_hooks, is_layer, is_leaf, is_torch_layer, trace, trace_key
+
+_UNREPEATABLE = "the model does not repeat itself from the same seed, so no graph can be compared with it"
 
 
 @dataclass(frozen=True)
@@ -45,21 +49,27 @@ class Capture:
         graphs: paths of the parts that run as graphs ("" = the model itself).
         refusals: the parts that do not, with reasons, in the order of the tree.
         recording: what the eager run told; None without example inputs.
+        reference: the behaviour of the model on the example inputs, to compare rewrites with; None without them.
+        compared: whether the module was compared with the model, or there is nothing to compare it on.
     """
 
     module: nn.Module
     graphs: tuple[str, ...]
     refusals: tuple[Refusal, ...]
     recording: Recording | None
+    reference: Reference | None = field(default=None, repr=False)
+    compared: bool = True
 
 
-def capture(model: nn.Module, example_inputs: Any = None) -> Capture:
+def capture(model: nn.Module, example_inputs: Any = None, *, compare: bool = True) -> Capture:
     """Capture `model`; it stays as it was, and its tensors are shared with the result.
 
     Args:
         model: any module.
         example_inputs: a tuple of positional inputs, or ``(args, kwargs)``. Without them there is no recording, and a
             model that cannot be traced as a whole stays Python.
+        compare: whether to compare the result with the model. Without it only graphs that rest on an assumption are
+            compared; it is for callers who compare what they make of the result, and capture anew when that differs.
 
     Raises:
         CaptureError: when `model` is no module, cannot be copied, or fails on the example inputs.
@@ -71,19 +81,23 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Capture:
         session = _Session(structural_clone(model))
     else:
         args, kwargs = split_inputs(example_inputs)
-        recording = record(model, args, kwargs)
-        runs = reference_runs(model, args, kwargs, recording.written)
-        session = _Session(structural_clone(model), recording, runs)
+        recording, reference = observe(model, args, kwargs)
+        session = _Session(structural_clone(model), recording, reference, compare)
     session.run()
-    return Capture(session.module, tuple(graphs_of(session.module)), tuple(session.refusals), session.recording)
+    graphs, refusals = tuple(graphs_of(session.module)), tuple(session.refusals)
+    return Capture(session.module, graphs, refusals, session.recording, session.reference, session.compared)
 
 
 @dataclass
 class _Session:
     module: nn.Module
     recording: Recording | None = None
-    runs: Runs | None = None
+    reference: Reference | None = None
+    compare: bool = True
     refusals: list[Refusal] = field(default_factory=list)
+    assuming: set[str] = field(default_factory=set)
+    compared: bool = True
+    traces: dict[Hashable, Trace | Untraceable] = field(default_factory=dict)
 
     def run(self) -> None:
         """Turn `module` into graphs, the root first."""
@@ -92,14 +106,16 @@ class _Session:
         made = self._trace("", self.module)
         if made is not None and self._accept({"": made}):
             self._capture_leaves(made, "")
-        elif self.runs is not None:
+        elif self.reference is not None and self.reference.repeats:
             self._descend(self.module, "")
 
     def _trace(self, path: str, module: nn.Module) -> CapturedModule | None:
         try:
-            traced = trace(module)
-            if traced.assumptions and self.runs is None:
+            traced = self._traced(module)
+            if traced.assumptions and self.reference is None:
                 raise Untraceable(f"it depends on {traced.assumptions[0]}", "give example inputs")
+            if traced.assumptions:
+                self.assuming.add(path)
             return CapturedModule(module, traced.graph)
         except Untraceable as error:
             self.refusals.append(Refusal(path, error.reason, error.mend))
@@ -107,20 +123,50 @@ class _Session:
             self.refusals.append(Refusal(path, f"its signature cannot be generated ({error})", "use plain defaults"))
         return None
 
-    def _accept(self, candidates: dict[str, CapturedModule]) -> bool:
-        """Put the candidates in place; take them all out again if the model then behaves differently."""
+    def _traced(self, module: nn.Module) -> Trace:
+        """`trace`, once for modules that are alike."""
+        key = trace_key(module)
+        if key not in self.traces:
+            try:
+                self.traces[key] = trace(module)
+            except Untraceable as error:
+                self.traces[key] = error
+        found = self.traces[key]
+        if isinstance(found, Untraceable):
+            raise found
+        return Trace(copy.deepcopy(found.graph), found.assumptions)
+
+    def _accept(self, candidates: dict[str, CapturedModule]) -> dict[str, CapturedModule]:
+        """Put the candidates in place, without those that make the model behave differently; return what is in."""
+        if not candidates or (self.reference is not None and not self.reference.repeats):
+            return {}
         before = {path: self.module.get_submodule(path) for path in candidates}
         for path, candidate in candidates.items():
             self._put(path, candidate)
-        found = None if self.runs is None else differences(self.runs, self.module)
+        found = self._difference(candidates)
         if found is None:
-            return True
+            return candidates
         for path, module in before.items():
             self._put(path, module)
-        if len(candidates) == 1:
-            path = next(iter(candidates))
-            self.refusals.append(Refusal(path, f"its graph behaves differently: {found}", NOTHING))
-        return False
+        if len(candidates) == 1 or not self._repeats():
+            said = f"its graph behaves differently: {found}" if self._repeats() else _UNREPEATABLE
+            self.refusals += [Refusal(path, said, NOTHING) for path in candidates]
+            return {}
+        names = list(candidates)
+        halves = names[: len(names) // 2], names[len(names) // 2 :]
+        first = self._accept({path: candidates[path] for path in halves[0]})
+        return first | self._accept({path: candidates[path] for path in halves[1]})
+
+    def _difference(self, candidates: Collection[str]) -> Difference | None:
+        if self.reference is None:
+            return None
+        if not self.compare and self.assuming.isdisjoint(candidates):
+            self.compared = False
+            return None
+        return self.reference.difference(self.module)
+
+    def _repeats(self) -> bool:
+        return self.reference is None or self.reference.repeats
 
     def _put(self, path: str, module: nn.Module) -> None:
         if path == "":
@@ -135,10 +181,9 @@ class _Session:
     def _descend(self, parent: nn.Module, path: str) -> None:
         """Capture the largest traceable submodules below `parent`, which stays Python."""
         candidates = self._candidates(parent, path)
-        accepted = candidates
-        if candidates and not self._accept(candidates):
-            alone = len(candidates) == 1
-            accepted = {p: made for p, made in candidates.items() if not alone and self._accept({p: made})}
+        accepted = self._accept(candidates)
+        if not self._repeats():
+            return
         for child_path in candidates:
             if child_path in accepted:
                 self._capture_leaves(accepted[child_path], child_path)
@@ -170,19 +215,27 @@ class _Session:
         return self._trace(path, module)
 
     def _capture_leaves(self, captured: CapturedModule, path: str) -> None:
-        """Modules of the user's that stay one node (they have hooks) may hold graphs themselves."""
-        if self.runs is None:
-            return
-        for node in captured.graph.nodes:
-            if node.op != "call_module":
+        """Modules of the user's that stay one node (layers, and what has hooks) may hold graphs themselves."""
+        found: dict[str, CapturedModule] = {}
+        hooked: list[str] = []
+        for target in dict.fromkeys(str(node.target) for node in captured.graph.find_nodes(op="call_module")):
+            leaf_path = f"{path}.{target}" if path else target
+            leaf = self.module.get_submodule(leaf_path)
+            if isinstance(leaf, CapturedModule) or not (_is_user_module(leaf) and (has_hooks(leaf) or is_layer(leaf))):
                 continue
-            target = f"{path}.{node.target}" if path else str(node.target)
-            leaf = self.module.get_submodule(target)
-            if isinstance(leaf, CapturedModule) or not (has_hooks(leaf) and _is_user_module(leaf)):
+            if any(self.module.get_submodule(other) is leaf for other in found):
                 continue
-            made = self._trace_called(target, leaf)
-            if made is None or not self._accept({target: made}):
-                self._descend(leaf, target)
+            made = self._trace_called(leaf_path, leaf)
+            if made is not None:
+                found[leaf_path] = made
+            elif not is_layer(leaf):
+                hooked.append(leaf_path)
+        accepted = self._accept(found)
+        hooked += [target for target in found if target not in accepted]
+        for target in hooked if self.reference is not None else ():
+            self._descend(self.module.get_submodule(target), target)
+        for target, made in accepted.items():
+            self._capture_leaves(made, target)
 
 
 def _is_user_module(module: nn.Module) -> bool:

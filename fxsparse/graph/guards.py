@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -86,8 +86,58 @@ def _refusal(reason: str, mend: str) -> Callable[..., Any]:
 
 
 @contextmanager
-def refusing_contexts() -> Iterator[None]:
-    """While tracing, refuse what would be inlined or lost silently: custom autograd and autograd contexts."""
+def noticing_modes(read: set[str], noted: Callable[[nn.Module], None] = lambda module: None) -> Iterator[None]:
+    """While tracing, note "training" when a module's flag is read, and "gradients" for ``torch.is_grad_enabled``.
+
+    Args:
+        read: what was read.
+        noted: called with each module whose flag is read.
+    """
+
+    def get(module: nn.Module) -> bool:
+        read.add("training")
+        noted(module)
+        flag: bool = module.__dict__["training"]
+        return flag
+
+    def put(module: nn.Module, flag: bool) -> None:
+        module.__dict__["training"] = flag
+
+    is_grad_enabled = torch.is_grad_enabled
+
+    def enabled() -> bool:
+        read.add("gradients")
+        return is_grad_enabled()
+
+    with _PATCH_LOCK:
+        nn.Module.training = property(get, put)  # type: ignore[assignment]  # taken off below
+        torch.is_grad_enabled = enabled
+        try:
+            yield
+        finally:
+            del nn.Module.training
+            torch.is_grad_enabled = is_grad_enabled
+
+
+@contextmanager
+def patching(owner: type, name: str, replacement: Any) -> Iterator[None]:
+    """Replace an attribute of a class for a while."""
+    with _PATCH_LOCK:
+        before = owner.__dict__[name]
+        setattr(owner, name, replacement)
+        try:
+            yield
+        finally:
+            setattr(owner, name, before)
+
+
+@contextmanager
+def refusing_contexts(kept: Collection[type] = ()) -> Iterator[None]:
+    """While tracing, refuse what would be inlined or lost silently: custom autograd and autograd contexts.
+
+    Args:
+        kept: those that the graph can hold.
+    """
     lost = "a graph would lose it"
     patches: tuple[tuple[type, str, Any], ...] = (
         (
@@ -108,6 +158,8 @@ def refusing_contexts() -> Iterator[None]:
     )
     with _PATCH_LOCK, ExitStack() as stack:
         for owner, name, replacement in patches:
+            if owner in kept:
+                continue
             stack.callback(setattr, owner, name, owner.__dict__[name])
             setattr(owner, name, replacement)
         yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import BuiltinFunctionType, FunctionType, GeneratorType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -50,6 +51,28 @@ def fresh_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[A
 
     new_args, new_kwargs = pytree.tree_map(copy, (args, dict(kwargs)))
     return new_args, new_kwargs
+
+
+def opened(value: Any, depth: int = 4) -> Any:
+    """The same with generators run to their end, and with objects that pytree does not know as dicts of their fields.
+
+    For what a model returns: dataclasses, distributions and records of the user's hold tensors too.
+    """
+    return pytree.tree_map(lambda leaf: _opened_leaf(leaf, depth), value)
+
+
+def _opened_leaf(leaf: Any, depth: int) -> Any:
+    if depth == 0 or isinstance(leaf, _CLOSED):
+        return leaf
+    if isinstance(leaf, GeneratorType):
+        return [opened(item, depth - 1) for item in leaf]
+    fields = getattr(leaf, "__dict__", None)
+    if not isinstance(fields, dict):
+        return leaf
+    return {"type": type(leaf).__qualname__, **{str(name): opened(item, depth - 1) for name, item in fields.items()}}
+
+
+_CLOSED = (torch.Tensor, torch.nn.Module, type, FunctionType, MethodType, BuiltinFunctionType, ModuleType)
 
 
 def tensors_of(tree: Any) -> list[torch.Tensor]:

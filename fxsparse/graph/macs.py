@@ -100,6 +100,13 @@ def _matmul(first: int, second: int, *names: tuple[str, ...]) -> Callable[[_Call
     return handler
 
 
+def _grouped(call: _Call) -> Product:
+    """Experts' products: tokens (T, K) in runs, or (E, T, K), times a weight (E, K, N)."""
+    a, b = call.get(0, "mat_a", "self", "input"), call.get(1, "mat_b", "mat2")
+    macs = call.result.numel() * a.shape[-1] if b.ndim == 3 else a.numel() * b.shape[-1]
+    return Product((Operand("mat_a", a, macs), Operand("mat_b", b, macs)), a)
+
+
 def _tensordot(call: _Call) -> Product:
     a, b = call.get(0, "a"), call.get(1, "b")
     rest = a.numel() * b.numel()
@@ -206,6 +213,8 @@ _HANDLERS: dict[str, Callable[[_Call], Product | None]] = {
     "addmv": _matmul(1, 2, ("mat",), ("vec",)),
     "baddbmm": _matmul(1, 2, ("batch1",), ("batch2",)),
     "addbmm": _matmul(1, 2, ("batch1",), ("batch2",)),
+    "grouped_mm": _grouped,
+    "_grouped_mm": _grouped,
     "tensordot": _tensordot,
     "einsum": _einsum,
     "bilinear": _bilinear,
@@ -215,7 +224,9 @@ _HANDLERS: dict[str, Callable[[_Call], Product | None]] = {
     "scaled_dot_product_attention": _scaled_dot_product,
 }
 
-TWO_SIDED = frozenset("matmul mm bmm mv dot inner addmm addmv baddbmm addbmm tensordot einsum".split())
+TWO_SIDED = frozenset(
+    "matmul mm bmm mv dot inner addmm addmv baddbmm addbmm tensordot einsum grouped_mm _grouped_mm".split()
+)
 """Products whose operands share the same multiply-accumulates."""
 
 ZERO_MAC_OPS = frozenset(

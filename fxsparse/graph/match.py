@@ -40,6 +40,7 @@ _OPS: dict[str, tuple[WeightKind, dict[int, str]]] = {
     "addmv": (WeightKind.MATMUL, {1: "mat", 2: "vec"}),
     "addbmm": (WeightKind.MATMUL, {1: "batch1", 2: "batch2"}),
     "baddbmm": (WeightKind.MATMUL, {1: "batch1", 2: "batch2"}),
+    "grouped_mm": (WeightKind.MATMUL, {0: "mat_a", 1: "mat_b"}),
     "tensordot": (WeightKind.MATMUL, {0: "a", 1: "b"}),
     "bilinear": (WeightKind.BILINEAR, {2: "weight"}),
 }
@@ -89,7 +90,7 @@ class WeightUse:
         return right if on_the_right != flipped else left
 
 
-_RIGHT = frozenset({"other", "mat2", "batch2", "b", "vec"})
+_RIGHT = frozenset({"other", "mat2", "batch2", "b", "vec", "mat_b"})
 _TRANSPOSITIONS = frozenset({"t", "T", "mT", "transpose", "swapaxes", "swapdims", "adjoint"})
 
 

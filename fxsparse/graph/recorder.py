@@ -13,9 +13,10 @@ from torch.overrides import TorchFunctionMode
 
 from fxsparse.errors import CaptureError
 from fxsparse.graph.clone import isolated_clone
-from fxsparse.graph.inputs import fresh_inputs, tensors_of
+from fxsparse.graph.inputs import fresh_inputs, opened, tensors_of
 from fxsparse.graph.macs import TWO_SIDED, ZERO_MAC_OPS, Operand, Product, op_name, product
-from fxsparse.graph.scopes import preserved_rng
+from fxsparse.graph.scopes import SEED, seeded
+from fxsparse.graph.writes import ParameterWrites
 
 Shape = tuple[int, ...]
 
@@ -86,33 +87,77 @@ class Recording:
 
 
 def record(model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Recording:
-    """Run `model` once without gradients and note how every parameter is used.
+    """Run `model` once, in train mode with gradients and in eval mode without, and note how every parameter is used.
 
     The run takes place on an isolated copy (parameters alias the same storage and are written back if the forward pass
     writes into them), so parameters, buffers, gradients, hooks, flags, attributes, inputs and random generators stay
-    as they are, also when the model raises. Works on any device, the meta device included, and in any dtype.
+    as they are, also when the model raises. Works on any device, the meta device included, and in any dtype. A model
+    that fails so is tried the other way about gradients, then in the other mode.
 
     Raises:
         CaptureError: when the model cannot be copied or raises on these inputs.
     """
+    return recorded_run(model, args, kwargs or {}).recording
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """A recording, and what its run left behind.
+
+    Attributes:
+        recording: what was noted.
+        clone: the copy that ran.
+        inputs: the copies of the inputs that it ran on, as ``(args, kwargs)``.
+        output: what came out, opened.
+        gradients: whether the run took place with gradients.
+        training: the mode that it ran in.
+    """
+
+    recording: Recording
+    clone: nn.Module
+    inputs: tuple[tuple[Any, ...], dict[str, Any]]
+    output: Any
+    gradients: bool
+    training: bool
+
+
+def recorded_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RecordedRun:
+    """`record`, with what the run left behind; it ran from `SEED`.
+
+    Raises:
+        CaptureError: as `record`.
+    """
+    mode = model.training
+    first: Exception | None = None
+    for training, gradients in ((mode, mode), (mode, not mode), (not mode, not mode), (not mode, mode)):
+        try:
+            return _recorded_run(model, args, kwargs, training, gradients)
+        except CaptureError:
+            raise
+        except Exception as error:  # whatever the user's forward raises
+            first = first or error
+    raise CaptureError(
+        f"the model fails on `example_inputs` ({type(first).__name__}: {first}): give inputs that it accepts"
+    ) from first
+
+
+def _recorded_run(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool, gradients: bool
+) -> RecordedRun:
     clone = isolated_clone(model)
-    args, kwargs = fresh_inputs(args, kwargs or {})
+    if clone.training is not training:
+        clone.train(training)
+    inputs = fresh_inputs(args, kwargs)
     recorder = _Recorder(clone)
     handles = recorder.watch_modules()
     try:
-        with preserved_rng(), torch.no_grad(), recorder:
-            clone(*args, **kwargs)
-    except CaptureError:
-        raise
-    except Exception as error:
-        raise CaptureError(
-            f"the model fails on `example_inputs` ({type(error).__name__}: {error}): give inputs that it accepts"
-        ) from error
+        with seeded(SEED), torch.set_grad_enabled(gradients), recorder:
+            output = opened(clone(*inputs[0], **inputs[1]))
     finally:
-        recorder.write_back()
+        recorder.written = recorder.writes.undo()
         for handle in handles:
             handle.remove()
-    return recorder.recording()
+    return RecordedRun(recorder.recording(), clone, inputs, output, gradients, training)
 
 
 @dataclass
@@ -137,8 +182,8 @@ class _Recorder(TorchFunctionMode):
         self.numels = {name: parameter.numel() for name, parameter in self.model.named_parameters()}
         self.sources = {id(p): _Source(p, (name,), (name,)) for name, p in self.model.named_parameters()}
         self.neutral = {id(buffer) for buffer in self.model.buffers()}
-        self.storages = {_storage(p): (name, p) for name, p in self.model.named_parameters() if not p.is_meta}
-        self.saved: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.writes = ParameterWrites(self.model)
+        self.written: tuple[str, ...] = ()
         self.owners = {id(p): path for path, m in reversed(_modules(self.model)) for p in m._parameters.values()}
         self.owner = {source.parameters[0]: self.owners[key] for key, source in self.sources.items()}
         self.stack: list[str] = []
@@ -169,28 +214,10 @@ class _Recorder(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        self._save_before_write(func, args)
+        self.writes.notice(func, args)
         result = func(*args, **kwargs)
         self._observe(func, args, kwargs, result)
         return result
-
-    def _save_before_write(self, func: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        name = getattr(func, "__name__", "")
-        writes = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or name in _WRITERS
-        for value in args if writes else ():
-            if isinstance(value, torch.Tensor) and not value.is_meta:
-                found = self.storages.get(_storage(value))
-                if found is not None and found[0] not in self.saved:
-                    self.saved[found[0]] = (found[1], found[1].detach().clone())
-
-    def write_back(self) -> None:
-        """Undo what the forward pass wrote into parameters."""
-        with torch.no_grad():
-            changed = [name for name, (p, value) in self.saved.items() if not torch.equal(p.detach(), value)]
-            for name in changed:
-                parameter, value = self.saved[name]
-                parameter.data.copy_(value)
-        self.written = tuple(changed)
 
     def _observe(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         tensors = tensors_of((args, kwargs))
@@ -200,7 +227,8 @@ class _Recorder(TorchFunctionMode):
         if not outputs:
             return
         self.call += 1
-        only_parameters = bool(held) and all(id(t) in self.sources or id(t) in self.neutral for t in tensors)
+        factors = [t for t in tensors if not _is_index(func, t)]
+        only_parameters = bool(held) and all(id(t) in self.sources or id(t) in self.neutral for t in factors)
         if found is not None:
             self._note_product(op_name(func), found, held, outputs[0])
         if held and not (only_parameters and found is None):
@@ -302,19 +330,17 @@ def _derived(output: torch.Tensor, held: list[_Source], op: str, has_product: bo
     )
 
 
-_WRITERS = frozenset({"__setitem__", "embedding", "_no_grad_embedding_renorm_", "__set__"})
+_SELECTIONS = frozenset({"getitem", "index_select", "gather", "take_along_dim", "narrow"})
+
+
+def _is_index(func: Callable[..., Any], tensor: torch.Tensor) -> bool:
+    """Whether `tensor` only chooses which elements `func` takes."""
+    return op_name(func) in _SELECTIONS and not (tensor.is_floating_point() or tensor.is_complex())
 
 
 def _bias_name(op: str, argument: str) -> str:
     biased = op == "linear" or op.startswith("conv")
     return "bias" if biased and argument == "2" else argument
-
-
-def _storage(tensor: torch.Tensor) -> Any:
-    try:
-        return tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):  # sparse and other layouts without a storage
-        return id(tensor)
 
 
 def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:

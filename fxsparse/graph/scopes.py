@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+SEED = 20240229
+"""Where runs that are compared with each other start from."""
+
 
 @contextmanager
 def preserved_rng() -> Iterator[None]:
@@ -66,9 +69,11 @@ def mode_of(model: nn.Module, training: bool) -> Iterator[None]:
     """Set the training flag of every module of `model`, without calling `train`, and restore each on leaving."""
     before = [(module, module.training) for module in model.modules()]
     try:
-        for module, _ in before:
-            module.training = training
+        for module, flag in before:
+            if flag is not training:
+                module.training = training
         yield
     finally:
         for module, flag in before:
-            module.training = flag
+            if module.training is not flag:
+                module.training = flag

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils import parametrize
 
 from fxsparse.graph.captured import CapturedModule, SignatureCodeGen
-from fxsparse.graph.guards import NOTHING, Untraceable, refusing_contexts, unchanged
+from fxsparse.graph.guards import NOTHING, Untraceable, noticing_modes, refusing_contexts, unchanged
 from fxsparse.graph.scopes import mode_of, preserved_rng, rng_fingerprint
 
 _OVERRIDES = (
@@ -73,6 +74,14 @@ def is_leaf(module: nn.Module) -> bool:
     return is_torch_layer(module)
 
 
+def is_layer(module: nn.Module) -> bool:
+    """Whether `module` is a layer of the user's: it holds parameters and no modules.
+
+    Layers stay one node of the graph around them, so that hooks put on them later still run; inside they may be graphs.
+    """
+    return not module._modules and any(parameter is not None for parameter in module._parameters.values())
+
+
 def is_torch_layer(module: nn.Module) -> bool:
     """Whether the class of `module` comes with torch; containers that only call their children do not count."""
     origin = type(module).__module__
@@ -102,21 +111,63 @@ def trace(module: nn.Module) -> Trace:
     Raises:
         Untraceable: with the reason and the mend.
     """
-    _check_root(module)
-    with mode_of(module, True):
-        training = _trace_once(module)
-    with mode_of(module, False):
+    check_root(module)
+    read: set[str] = set()
+    with mode_of(module, False), noticing_modes(read):
         evaluation = _trace_once(module)
-    if _canonical(training.graph, {}) != _canonical(evaluation.graph, {}):
-        raise Untraceable(
-            "its graph differs between train and eval mode (it reads `self.training`)",
-            "use modules such as nn.Dropout instead of `F.dropout(training=self.training)`",
-        )
+    if "training" in read or _hides_its_mode(module):
+        with mode_of(module, True):
+            training = _trace_once(module)
+        if _canonical(training.graph, {}) != _canonical(evaluation.graph, {}):
+            raise Untraceable(
+                "its graph differs between train and eval mode (it reads `self.training`)",
+                "use modules such as nn.Dropout instead of `F.dropout(training=self.training)`",
+            )
+    if "gradients" in read:
+        with mode_of(module, False), torch.set_grad_enabled(not torch.is_grad_enabled()):
+            other = _trace_once(module)
+        if _canonical(other.graph, {}) != _canonical(evaluation.graph, {}):
+            raise Untraceable("its graph differs with and without gradients (it reads torch.is_grad_enabled)", NOTHING)
     _check_optional_arguments(module, evaluation.graph)
     for node in evaluation.graph.nodes:
         node.type = None
     evaluation.graph.set_codegen(SignatureCodeGen(inspect.signature(inspect.unwrap(type(module).forward))))
     return evaluation
+
+
+def trace_key(module: nn.Module) -> Hashable:
+    """Equal for two modules exactly when their traces are: the same code over the same names, shapes and attributes.
+
+    Attributes that are no numbers, strings or tuples of them count by identity.
+    """
+    attributes = tuple(
+        (name, type(value), value if _is_plain(value) else id(value))
+        for name, value in module.__dict__.items()
+        if name not in _TABLES and not (name in _HOOKS and not value)
+    )
+    tensors = tuple(
+        (name, None if tensor is None else (tuple(tensor.shape), tensor.dtype, tensor.requires_grad))
+        for table in (module._parameters, module._buffers)
+        for name, tensor in table.items()
+    )
+    children = tuple((name, child and trace_key(child)) for name, child in module._modules.items())
+    return type(module), attributes, tensors, children
+
+
+_TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training")
+_HOOKS = frozenset(name for name, value in nn.Module().__dict__.items() if isinstance(value, dict)) - {*_TABLES}
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) is tuple:
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, complex, str)
+
+
+def _hides_its_mode(module: nn.Module) -> bool:
+    """Whether reads of `training` somewhere inside would go unnoticed."""
+    kinds = {type(child) for child in module.modules()}
+    return any("training" in base.__dict__ for kind in kinds for base in kind.__mro__ if base is not nn.Module)
 
 
 class _Proxy(fx.Proxy):
@@ -143,7 +194,7 @@ class _Tracer(fx.Tracer):
         return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_leaf(m)
+        return is_leaf(m) or is_layer(m)
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, torch.Tensor) and not isinstance(a, nn.Parameter) and a not in self.tensor_attrs:
@@ -155,7 +206,12 @@ class _Tracer(fx.Tracer):
         return super().create_arg(a)
 
 
-def _check_root(module: nn.Module) -> None:
+def check_root(module: nn.Module) -> None:
+    """Refuse a module whose class or instance a GraphModule could not stand for.
+
+    Raises:
+        Untraceable: with the reason and the mend.
+    """
     kind = type(module)
     if "forward" in module.__dict__:
         raise Untraceable("`forward` was replaced on the instance", "override it in a subclass")

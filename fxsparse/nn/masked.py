@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,18 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fxsparse.errors import ConfigError
+from fxsparse.nn.resu_state import ALIVE, load_companions, read_phase
 from fxsparse.nn.slot import SLOTS, MaskSlot, slots_of
 from fxsparse.nn.spec import Guard, MaskSpec
-
-
-class MaskOwner(nn.Module):
-    """A module that wants to know when its masks are edited."""
-
-    def check_mask_edit(self) -> None:
-        """Raise ConfigError where the masks must not be edited now."""
-
-    def mask_written_(self) -> None:
-        """Called after the mask's values changed and before dead weights are zeroed."""
 
 
 def mask_name(attribute: str) -> str:
@@ -94,6 +86,8 @@ def install_mask(
         module.__dict__[SLOTS] = {}
         module.register_load_state_dict_pre_hook(_before_load)  # type: ignore[no-untyped-call]  # untyped in torch
         module.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]  # untyped in torch
+        if type(module)._save_to_state_dict is not nn.Module._save_to_state_dict:
+            module._register_state_dict_hook(_complete_state)  # type: ignore[no-untyped-call]  # untyped in torch
     module.register_buffer(mask_name(attribute), buffer)
     slots_of(module)[attribute] = MaskSlot(spec)
     if row_order is not None:
@@ -114,8 +108,8 @@ def remove_mask(module: nn.Module, attribute: str) -> None:
     zero_dead_(module, attribute)
     slot.release()
     delattr(module, mask_name(attribute))
-    if slot.spec.row_order is not None:
-        delattr(module, slot.spec.row_order)
+    for name in beside_mask(slot):
+        delattr(module, name)
     del slots_of(module)[attribute]
     if not slots_of(module):
         del module.__dict__[SLOTS]
@@ -124,17 +118,41 @@ def remove_mask(module: nn.Module, attribute: str) -> None:
 
 def drop_load_hooks(module: nn.Module) -> None:
     """Remove the hooks that `install_mask` put on the module's loading."""
-    for hooks in (module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks):
+    for hooks in (module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks, module._state_dict_hooks):
         for key, hook in list(hooks.items()):
-            if getattr(hook, "hook", hook) in (_before_load, _after_load):
+            if getattr(hook, "hook", hook) in (_before_load, _after_load, _complete_state):
                 del hooks[key]
 
 
+def beside_mask(slot: MaskSlot) -> tuple[str, ...]:
+    """The names of the further buffers that belong to a mask."""
+    return slot.companions if slot.spec.row_order is None else (slot.spec.row_order, *slot.companions)
+
+
 def mask_of(module: nn.Module, attribute: str) -> Tensor:
-    """The mask buffer of this parameter of the module itself."""
+    """The mask buffer of this parameter of the module itself, through which its readers see the weight."""
     mask = module._buffers[mask_name(attribute)]
     assert mask is not None
     return mask
+
+
+def alive_of(module: nn.Module, attribute: str) -> Tensor:
+    """Which entries are alive: the mask buffer, or in a resurrection phase, which opens it, the one that holds them."""
+    if not slots_of(module)[attribute].open:
+        return mask_of(module, attribute)
+    alive = module._buffers[attribute + ALIVE]
+    assert alive is not None
+    return alive
+
+
+def check_mask_edit(module: nn.Module) -> None:
+    """Raise ConfigError where one of the module's own weights is in a resurrection phase."""
+    for attribute, slot in slots_of(module).items():
+        if slot.open:
+            raise ConfigError(
+                f"`{attribute}` of {type(module).__name__} is in a resurrection phase (`mode` (=Mode.RESU)): "
+                "commit or discard it first, or detach the method"
+            )
 
 
 def row_order_of(module: nn.Module, attribute: str) -> Tensor | None:
@@ -177,10 +195,11 @@ def write_row_order_(module: nn.Module, attribute: str, row_order: Tensor) -> No
 
 @torch.no_grad()
 def zero_dead_(module: nn.Module, attribute: str) -> None:
-    """Write zeros to the dead entries of a parameter; a module in a resurrection phase has none."""
-    gate = module._buffers.get(f"{attribute}_forward_mask", mask_of(module, attribute))
-    assert gate is not None
+    """Write zeros to the entries of a parameter that its readers do not see; in a resurrection phase there are none."""
+    gate = mask_of(module, attribute)
     parameter = _checked_parameter(module, attribute)
+    if not gate.is_meta and bool(gate.all()):
+        return
     if parameter.device == gate.device:  # they differ while a model is half materialised
         parameter.masked_fill_(~gate, 0.0)
 
@@ -212,11 +231,18 @@ def _before_load(
     """Put the incoming masks into the buffers there are, and the present ones where the state has none."""
     errors = lists[-1]
     for attribute, slot in slots_of(module).items():
-        mask, order = mask_of(module, attribute), row_order_of(module, attribute)
+        parameter = _checked_parameter(module, attribute)
         mask_key, order_key = prefix + mask_name(attribute), prefix + row_order_name(attribute)
+        mask, order = mask_of(module, attribute), row_order_of(module, attribute)
+        check_held = partial(check_mask, prefix + attribute, parameter, slot.spec)
+        try:
+            held_order = state_dict.get(order_key, order)
+            load_companions(module, attribute, slot, state_dict, prefix, partial(check_held, row_order=held_order))
+        except ConfigError as error:
+            errors.append(str(error))
         incoming, incoming_order = state_dict.get(mask_key, mask), state_dict.get(order_key, order)
         try:
-            check_mask(prefix + attribute, _checked_parameter(module, attribute), slot.spec, incoming, incoming_order)
+            check_mask(prefix + attribute, parameter, slot.spec, incoming, incoming_order)
         except ConfigError as error:
             errors.append(str(error))
             incoming, incoming_order = mask, order
@@ -230,7 +256,17 @@ def _before_load(
             state_dict[order_key] = row_order_of(module, attribute)
 
 
+def _complete_state(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: object) -> None:
+    """Add the masks where the module's own way of saving leaves buffers out."""
+    for attribute, slot in slots_of(module).items():
+        for name in (mask_name(attribute), *beside_mask(slot)):
+            buffer = module._buffers[name]
+            assert buffer is not None
+            state_dict.setdefault(prefix + name, buffer.detach())
+
+
 def _after_load(module: nn.Module, incompatible: object) -> None:
-    for attribute in slots_of(module):
+    for attribute, slot in slots_of(module).items():
+        read_phase(module, attribute, slot)
         bind_guard(module, attribute)
         zero_dead_(module, attribute)

@@ -12,10 +12,13 @@ from torch import Tensor, nn
 
 from fxsparse.errors import ConfigError
 from fxsparse.nn.masked import (
-    MaskOwner,
+    alive_of,
+    beside_mask,
     bind_guard,
     check_mask,
+    check_mask_edit,
     install_mask,
+    mask_name,
     mask_of,
     row_order_of,
     set_guard,
@@ -52,8 +55,8 @@ class MaskedWeight:
 
     @property
     def mask(self) -> Tensor:
-        """The mask buffer, bool, the shape of the weight; read it, write it with `set_mask_`."""
-        return mask_of(*self.owners[0])
+        """Which entries are alive, bool, the shape of the weight: a live buffer; read it, write it with `set_mask_`."""
+        return alive_of(*self.owners[0])
 
     @property
     def spec(self) -> MaskSpec:
@@ -66,12 +69,18 @@ class MaskedWeight:
         """The row order of a `SharedSupport` mask, int64, or None for the natural order."""
         return row_order_of(*self.owners[0])
 
+    @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        """Every buffer that belongs to the mask: the mask itself, its row order, what a resurrection phase holds."""
+        named = ((m, name) for m, a in self.owners for name in (mask_name(a), *beside_mask(slots_of(m)[a])))
+        found = (module._buffers[name] for module, name in named)
+        return tuple(buffer for buffer in found if buffer is not None)
+
     def check(self, mask: object, row_order: Tensor | None = None) -> None:
         """Raise ConfigError unless `set_mask_` would take this mask; the row order is the present one by default."""
         check_mask(self.name, self.weight, self.spec, mask, self.row_order if row_order is None else row_order)
         for module, _ in self.owners:
-            if isinstance(module, MaskOwner):
-                module.check_mask_edit()
+            check_mask_edit(module)
 
     def set_mask_(self, mask: Tensor, row_order: Tensor | None = None) -> None:
         """Set the mask's values in place, and the row order where one is given; newly dead weights become zero.
@@ -86,8 +95,6 @@ class MaskedWeight:
             if row_order is not None:
                 write_row_order_(module, attribute, row_order)
             bind_guard(module, attribute)
-            if isinstance(module, MaskOwner):
-                module.mask_written_()
         self.apply_()
 
     def apply_(self) -> None:
@@ -169,10 +176,7 @@ def tie_masks(model: nn.Module) -> None:
         owners = _masked_owners(places)
         guarded = any(slots_of(module)[attribute].spec.guard is Guard.GRADIENT for module, attribute in owners)
         for module, attribute in owners:
-            edited = not mask.is_meta and not torch.equal(mask_of(module, attribute), mask)
             share_mask(module, attribute, mask)
-            if edited and isinstance(module, MaskOwner):
-                module.mask_written_()
             if guarded:
                 set_guard(module, attribute, Guard.GRADIENT)
             zero_dead_(module, attribute)

@@ -1,95 +1,113 @@
-"""The modes of a resurrection unit, and what its `state_dict` must hold."""
+"""The companions of a mask in resurrection: their names, and what a `state_dict` must hold of them."""
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxsparse.errors import ConfigError
+from fxsparse.nn.slot import MaskSlot
 
-FORWARD_MASK, TRAINABLE = "weight_forward_mask", "weight_trainable"
-_KEYS = ("weight_mask", FORWARD_MASK, TRAINABLE, "_extra_state")
+ALIVE, TRAINABLE, RESURRECTING = "_alive_mask", "_trainable", "_resurrecting"
+COMPANIONS = (ALIVE, TRAINABLE, RESURRECTING)
+"""Endings of the companions' names: M and T of a resurrection phase (bool, all False outside), and whether there is one
+(bool scalar)."""
+
+_MASK = "_mask"
 
 
 class Mode(enum.Enum):
-    """What the forward of a resurrection unit reads."""
+    """What the readers of a masked weight see."""
 
     DENSE = "dense"
-    """W_eff = W; the mask is full."""
+    """W: every weight is alive."""
     SPARSE = "sparse"
-    """W_eff = where(M, W, 0)."""
+    """where(M, W, 0)."""
     RESU = "resu"
-    """W_eff = W: the dead positions hold the resurrection parameters theta."""
+    """W: the dead positions hold the resurrection parameters theta."""
 
 
-_MODES = tuple(Mode)
+def has_companions(slot: MaskSlot, attribute: str) -> bool:
+    """Whether the buffers of resurrection phases are installed beside this mask."""
+    return attribute + ALIVE in slot.companions
 
 
-def pack_mode(mode: Mode, freeze_active: bool) -> Tensor:
-    """The extra state of a unit, uint8 [2]."""
-    return torch.tensor([_MODES.index(mode), int(freeze_active)], dtype=torch.uint8)
+def load_companions(
+    module: nn.Module,
+    attribute: str,
+    slot: MaskSlot,
+    state_dict: dict[str, Any],
+    prefix: str,
+    check_held: Callable[[Tensor], None],
+) -> None:
+    """Complete and check the part of an incoming `state_dict` that belongs to one weight with companions.
 
-
-def unpack_mode(state: Tensor) -> tuple[Mode, bool]:
-    """Mode and `freeze_active` from an extra state."""
-    mode, freeze_active = state.tolist()
-    return _MODES[mode], bool(freeze_active)
-
-
-def complete_state(state: dict[str, Any], prefix: str, present: dict[str, Tensor], mode: Mode) -> None:
-    """Complete the state of one unit: a dense one keeps what the unit has, a plain sparse one means mode SPARSE.
-
-    Args:
-        state: The incoming `state_dict`; missing keys are added.
-        prefix: The unit's prefix in it.
-        present: What the unit has now, by key.
-        mode: The unit's mode now.
+    A state without masks keeps what the module has, one with a plain mask leads out of a resurrection phase.
+    `check_held` raises ConfigError for an M that does not fit the weight.
 
     Raises:
-        ConfigError: masks without a mode or the reverse, masks that contradict the mode or the shape of the weight, or
-            weights without masks for a unit in RESU. Nothing has changed then.
+        ConfigError: companions without all the others or without the mask, masks that contradict each other or the
+            shape of the weight, or weights without masks for a module in a resurrection phase. The state then holds
+            what the module has, so that loading it changes nothing of this weight.
     """
-    missing = [key for key in _KEYS if prefix + key not in state]
-    added: dict[str, Tensor] = {}
-    if missing == list(_KEYS):
-        if mode is Mode.RESU:
-            raise ConfigError(f"`{prefix}mode` (={mode}) cannot take weights without masks: commit or discard first")
-        added = dict(present)
-    elif missing == list(_KEYS[1:]):
-        mask = state[prefix + "weight_mask"]
-        dead = torch.zeros_like(mask)
-        added = {FORWARD_MASK: mask, TRAINABLE: dead, "_extra_state": pack_mode(Mode.SPARSE, True)}
-    elif missing:
-        raise ConfigError(f"the state of `{prefix}weight` lacks {', '.join(missing)}: not a whole RESU checkpoint")
-    whole = {key: added.get(key, state.get(prefix + key)) for key in _KEYS}
-    problem = _problem(whole, present["weight_mask"].shape)
-    if problem is not None:
-        raise ConfigError(f"the state of `{prefix}weight` cannot be right: {problem}; take an intact checkpoint")
-    state.update({prefix + key: value for key, value in added.items()})
+    if not has_companions(slot, attribute):
+        return
+    names = [attribute + ending for ending in (_MASK, *COMPANIONS)]
+    present = {prefix + name: module._buffers[name] for name in names}
+    try:
+        state_dict.update(_complete(state_dict, present, prefix + attribute, slot))
+        held = state_dict[prefix + attribute + ALIVE]
+        if not held.is_meta and bool(held.any()):
+            check_held(held)
+    except ConfigError:
+        state_dict.update({**present, prefix + attribute: module._parameters[attribute]})
+        raise
+    for key in list(present)[1:]:
+        buffer = present[key]
+        if buffer is not None and not buffer.is_meta:
+            state_dict[key] = buffer.copy_(state_dict[key])  # in place, with load_state_dict(assign=True) too
 
 
-def _problem(state: dict[str, Any], shape: torch.Size) -> str | None:
-    for key in _KEYS[:-1]:
-        value = state[key]
-        if not isinstance(value, Tensor) or value.dtype is not torch.bool or value.shape != shape:
-            return f"{key} is not a bool tensor of shape {tuple(shape)}"
-    extra = state["_extra_state"]
-    if (
-        not isinstance(extra, Tensor)
-        or extra.dtype is not torch.uint8
-        or extra.shape != (2,)
-        or extra[0] >= len(_MODES)
-    ):
-        return f"its mode (={extra}) is none of {[mode.value for mode in _MODES]}"
-    mask, forward, trainable = (state[key] for key in _KEYS[:-1])
+def read_phase(module: nn.Module, attribute: str, slot: MaskSlot) -> None:
+    """Follow the buffer that says whether the weight is in a resurrection phase, after something wrote it."""
+    if has_companions(slot, attribute):
+        buffer = module._buffers[attribute + RESURRECTING]
+        slot.open = buffer is not None and not buffer.is_meta and bool(buffer)
+
+
+def _complete(
+    state_dict: dict[str, Any], present: dict[str, Tensor | None], name: str, slot: MaskSlot
+) -> dict[str, Any]:
+    missing = [key for key in present if key not in state_dict]
+    mask_key, alive_key, *_ = present
+    if not missing:
+        _check(name, [state_dict[key] for key in present], [value for value in present.values() if value is not None])
+        return {}
+    if mask_key not in missing and len(missing) == len(COMPANIONS):
+        return {key: torch.zeros_like(value) for key, value in present.items() if value is not None and key in missing}
+    if len(missing) < len(present):
+        raise ConfigError(f"the state of `{name}` lacks {', '.join(missing)}: not a whole RESU checkpoint")
+    if slot.open and name in state_dict:
+        raise ConfigError(
+            f"`{name}` is in a resurrection phase and takes no weights without masks: commit, discard or detach first"
+        )
+    return dict(present)
+
+
+def _check(name: str, given: list[Any], present: list[Tensor]) -> None:
+    for value, own in zip(given, present, strict=True):
+        if not isinstance(value, Tensor) or value.dtype is not torch.bool or value.shape != own.shape:
+            raise ConfigError(f"the state of `{name}` has no bool tensor of shape {tuple(own.shape)} for each mask")
+    mask, alive, trainable, resurrecting = given
     if mask.is_meta:
-        return None
-    mode, _ = unpack_mode(extra)
-    if mode is Mode.RESU:
-        fits = bool(forward.all()) and not bool(mask.all()) and not bool((trainable & mask).any())
+        return
+    if bool(resurrecting):
+        fits = bool(mask.all()) and not bool(alive.all()) and not bool((trainable & alive).any())
     else:
-        fits = (mode is Mode.SPARSE or bool(mask.all())) and torch.equal(forward, mask) and not bool(trainable.any())
-    return None if fits else f"its masks contradict its mode (={mode})"
+        fits = not bool(alive.any()) and not bool(trainable.any())
+    if not fits:
+        raise ConfigError(f"the masks in the state of `{name}` contradict each other; take an intact checkpoint")

@@ -26,6 +26,8 @@ class MaskSlot:
         self.spec = spec
         self.parameter: nn.Parameter | None = None
         self.mask: Tensor | None = None
+        self.companions: tuple[str, ...] = ()  # names of further buffers that belong to the mask
+        self.open = False  # in a resurrection phase: readers see every entry, and the mask is held in a companion
 
     def bind(self, parameter: nn.Parameter, mask: Tensor) -> None:
         """Guard this parameter by this mask, if the spec asks for it; binding anew is harmless."""
@@ -43,12 +45,15 @@ class MaskSlot:
             GradientHook.of(self.parameter).leave(self)
         self.parameter = self.mask = None
 
-    def __reduce__(self) -> tuple[object, tuple[MaskSpec, nn.Parameter | None, Tensor | None]]:
-        return _restore, (self.spec, self.parameter, self.mask)
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return _restore, (self.spec, self.parameter, self.mask, self.companions, self.open)
 
 
-def _restore(spec: MaskSpec, parameter: nn.Parameter | None, mask: Tensor | None) -> MaskSlot:
+def _restore(
+    spec: MaskSpec, parameter: nn.Parameter | None, mask: Tensor | None, companions: tuple[str, ...], is_open: bool
+) -> MaskSlot:
     slot = MaskSlot(spec)
+    slot.companions, slot.open = companions, is_open
     if parameter is not None and mask is not None:
         slot.bind(parameter, mask)
     return slot

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from fxsparse.errors import ConfigError
 from fxsparse.nn.functional import masked_weight
 from fxsparse.nn.masked import (
-    MaskOwner,
+    alive_of,
+    beside_mask,
+    check_mask_edit,
     drop_load_hooks,
     install_mask,
     mask_name,
-    mask_of,
     mask_spec,
     zero_dead_,
 )
@@ -25,7 +26,7 @@ WEIGHT = "weight"
 M = TypeVar("M", bound=nn.Module)
 
 
-class SparseModule(MaskOwner):
+class SparseModule(nn.Module):
     """Mixin over a torch module with one masked `weight`; `isinstance` of the torch class stays true.
 
     The parameter keeps its name and the mask is the bool buffer `weight_mask` beside it. At a full mask outputs and
@@ -63,14 +64,14 @@ class SparseModule(MaskOwner):
         Raises:
             ConfigError: the module is in a resurrection phase.
         """
-        self.check_mask_edit()
+        check_mask_edit(self)
         self.apply_mask_()
         dense = _transplant(self, self.dense_type)
         slots = dense.__dict__.pop(SLOTS)
         for attribute, slot in slots.items():
             del dense._buffers[mask_name(attribute)]
-            if slot.spec.row_order is not None:
-                del dense._buffers[slot.spec.row_order]
+            for name in beside_mask(slot):
+                del dense._buffers[name]
         drop_load_hooks(dense)
         return dense
 
@@ -99,7 +100,7 @@ class SparseModule(MaskOwner):
         described = super().extra_repr()
         if mask_spec(self, WEIGHT) is None:
             return described
-        mask = mask_of(self, WEIGHT)
+        mask = alive_of(self, WEIGHT)
         density = "?" if mask.is_meta or mask.numel() == 0 else f"{int(mask.sum()) / mask.numel():.4g}"
         return f"{described}, density={density}, pattern={self.mask_spec.pattern}"
 

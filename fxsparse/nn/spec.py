@@ -16,6 +16,8 @@ class Route(enum.Enum):
     """In a sparse module, which reads its own weight through the mask."""
     MASK_NODE = "mask node"
     """In a graph node `masked_weight(weight, mask)`."""
+    EFFECTIVE = "effective weight"
+    """Behind the computation that makes the weight which is used (weight norm, parametrizations, standardisation)."""
     PARAMETER = "parameter"
     """At the parameter itself: dead entries are zero and their gradient is masked."""
 
@@ -41,7 +43,8 @@ class MaskSpec:
         row_order: Name of the int64 buffer, beside the mask, that holds the row order of a `SharedSupport` mask.
 
     Raises:
-        ConfigError: `Route.PARAMETER` without `Guard.GRADIENT`: nobody would apply the mask.
+        ConfigError: `Route.PARAMETER` or `Route.EFFECTIVE` without `Guard.GRADIENT`: dead entries of the parameter
+            would be trained.
     """
 
     pattern: Pattern = field(default_factory=Unstructured)
@@ -51,5 +54,10 @@ class MaskSpec:
     row_order: str | None = None
 
     def __post_init__(self) -> None:
-        if self.route is Route.PARAMETER and self.guard is not Guard.GRADIENT:
+        if self.route in (Route.PARAMETER, Route.EFFECTIVE) and self.guard is not Guard.GRADIENT:
             raise ConfigError(f"`guard` (={self.guard}) must be Guard.GRADIENT for `route` (={self.route})")
+
+    @property
+    def hides_gradient(self) -> bool:
+        """Whether readers go through `masked_weight`: dead entries get no gradient from what uses the weight."""
+        return self.guard is Guard.FORWARD or self.route is Route.EFFECTIVE

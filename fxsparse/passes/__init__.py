@@ -14,10 +14,12 @@ from fxsparse.passes.infra import PipelineResult as PipelineResult
 from fxsparse.passes.infra import Record as Record
 from fxsparse.passes.infra import Stage as Stage
 from fxsparse.passes.insert_masks import InsertMasks as InsertMasks
+from fxsparse.passes.mask_effective import MaskEffective as MaskEffective
 from fxsparse.passes.mask_parameters import MaskParameters as MaskParameters
 from fxsparse.passes.snapshot import graphs_of as graphs_of
 from fxsparse.passes.swap_modules import SwapModules as SwapModules
 from fxsparse.passes.verify import Verification as Verification
+from fxsparse.passes.verify import Verify as Verify
 from fxsparse.passes.verify import verify_equal as verify_equal
 
-PASSES: tuple[type[Pass], ...] = (SwapModules, InsertMasks, MaskParameters, FoldMasks)
+PASSES: tuple[type[Pass], ...] = (SwapModules, InsertMasks, MaskEffective, MaskParameters, FoldMasks)

@@ -158,9 +158,28 @@ class Pass(abc.ABC):
             self.ensures(module, clone)
         return PassResult(clone, modified, records, found)
 
+    def rewrite(self, module: nn.Module) -> tuple[Record, ...]:
+        """Run the pass on the module itself, which the caller owns and compares with what it was.
+
+        Requirements, dead code, lint, provenance and targets are checked; what needs a copy or a look at every value
+        is left to the caller.
+
+        Raises:
+            PassError: as a call; the module must not be used then.
+        """
+        with self._named():
+            self.requires(module)
+            _, records = self._edit(module)
+            self._check_targets(records)
+        return records
+
     def _run(self, clone: nn.Module) -> tuple[bool, bool, tuple[Record, ...]]:
         """Edit the clone; return what `call` claims, whether anything changed, and the records."""
         before = Snapshot.of(clone)
+        claimed, records = self._edit(clone)
+        return claimed, before.difference(Snapshot.of(clone)) is not None, records
+
+    def _edit(self, clone: nn.Module) -> tuple[bool, tuple[Record, ...]]:
         present = frozenset(node for found in graphs_of(clone).values() for node in found.graph.nodes)
         dead = frozenset(node for node in present if not node.users)
         records: list[Record] = []
@@ -171,7 +190,7 @@ class Pass(abc.ABC):
             _records.reset(token)
         for path, found in graphs_of(clone).items():
             _tidy(path, found, present, dead)
-        return claimed, before.difference(Snapshot.of(clone)) is not None, tuple(records)
+        return claimed, tuple(records)
 
     def _check_untouched(self, module: nn.Module, before: Snapshot) -> None:
         difference = before.difference(Snapshot.of(module))

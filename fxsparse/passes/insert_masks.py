@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import fx, nn
 
 from fxsparse.errors import ConfigError, PassError
 from fxsparse.graph import edit
 from fxsparse.nn import Guard, Route, install_mask, mask_name, mask_spec, masked_weight
-from fxsparse.passes.places import owner_of
+from fxsparse.passes.places import owner_of, split_name
 from fxsparse.passes.snapshot import graphs_of
 from fxsparse.passes.spec_pass import SpecPass
 from fxsparse.passes.structure import check_same_names
@@ -38,13 +36,14 @@ class InsertMasks(SpecPass):
 
     def call(self, module: nn.Module) -> bool:
         """Install and insert, in the order of the targets."""
+        reads = _reads(module) if self.specs else {}
         for name, spec in self.specs.items():
             owner, attribute = owner_of(module, name)
             if mask_spec(owner, attribute) is not None:  # one module under several names
                 self.record(name, "masked under another name of its module")
                 continue
             install_mask(owner, attribute, spec)  # case 1
-            count = sum(self._insert(found, read, name) for found, read in list(_reads(module, owner, attribute)))
+            count = sum(self._insert(found, read, name) for found, read in reads.get((id(owner), attribute), ()))
             if count == 0:
                 raise PassError(f"`{name}` is read by no graph; mask it at the parameter")
             self.record(name, f"{count} mask node{'s' if count > 1 else ''}, {spec.pattern}")
@@ -73,14 +72,14 @@ class InsertMasks(SpecPass):
         check_same_names(before, after, [mask_name(name) for name in self.specs])
 
 
-def _reads(module: nn.Module, owner: nn.Module, attribute: str) -> Iterator[tuple[fx.GraphModule, fx.Node]]:
-    """Every node that reads `attribute` of `owner`, with its graph."""
+def _reads(module: nn.Module) -> dict[tuple[int, str], list[tuple[fx.GraphModule, fx.Node]]]:
+    """For each attribute of each module (by identity): every node that reads it, with its graph."""
+    places: dict[tuple[int, str], list[tuple[fx.GraphModule, fx.Node]]] = {}
     for found in graphs_of(module).values():
-        targets = {
-            f"{path}.{attribute}" if path else attribute
-            for path, child in found.named_modules(remove_duplicate=False)
-            if child is owner
-        }
+        children = dict(found.named_modules(remove_duplicate=False))
         for node in found.graph.nodes:
-            if node.op == "get_attr" and str(node.target) in targets:
-                yield found, node
+            if node.op == "get_attr":
+                path, attribute = split_name(str(node.target))
+                if path in children:
+                    places.setdefault((id(children[path]), attribute), []).append((found, node))
+    return places

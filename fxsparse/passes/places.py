@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -47,13 +48,19 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> int:
     Returns:
         The number of places in the module tree.
     """
+    return replace_modules(model, {old: new})
+
+
+def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> int:
+    """`replace_module` for many at once, in one walk: old module -> the one to put there."""
     count = 0
+    by_identity = {id(old): module for old, module in new.items()}
     for holder in list(model.modules()):
         for name, child in holder._modules.items():
-            if child is old:
-                holder._modules[name] = new
+            if id(child) in by_identity:
+                holder._modules[name] = by_identity[id(child)]
                 count += 1
-    _replace_in_attributes(model, old, new)
+    _replace_in_attributes(model, by_identity)
     return count
 
 
@@ -63,25 +70,25 @@ def replace_parameter(model: nn.Module, old: nn.Parameter, new: nn.Parameter) ->
         for name, parameter in module._parameters.items():
             if parameter is old:
                 module._parameters[name] = new
-    _replace_in_attributes(model, old, new)
+    _replace_in_attributes(model, {id(old): new})
 
 
-def _replace_in_attributes(model: nn.Module, old: object, new: object) -> None:
+def _replace_in_attributes(model: nn.Module, new: Mapping[int, object]) -> None:
     for holder in model.modules():
         for name, value in holder.__dict__.items():
-            if name not in _CONTAINERS:
-                holder.__dict__[name] = _replaced(value, old, new)
+            if id(value) in new or (type(value) in (list, dict, tuple) and value and name not in _CONTAINERS):
+                holder.__dict__[name] = _replaced(value, new)
 
 
-def _replaced(value: Any, old: object, new: object, depth: int = 3) -> Any:
-    if value is old:
-        return new
+def _replaced(value: Any, new: Mapping[int, object], depth: int = 3) -> Any:
+    if id(value) in new:
+        return new[id(value)]
     if not depth:
         return value
     if type(value) is list:
-        value[:] = [_replaced(item, old, new, depth - 1) for item in value]
+        value[:] = [_replaced(item, new, depth - 1) for item in value]
     elif type(value) is dict:
-        value.update({key: _replaced(item, old, new, depth - 1) for key, item in value.items()})
-    elif type(value) is tuple and any(item is old for item in value):
-        return tuple(new if item is old else item for item in value)
+        value.update({key: _replaced(item, new, depth - 1) for key, item in value.items()})
+    elif type(value) is tuple and any(id(item) in new for item in value):
+        return tuple(new.get(id(item), item) for item in value)
     return value

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from torch import nn
 
 from fxsparse.errors import PassError
-from fxsparse.nn import mask_name, mask_spec
+from fxsparse.nn.masked import beside_mask, mask_name
+from fxsparse.nn.slot import slots_of
 from fxsparse.passes.snapshot import join
 
 
@@ -49,7 +50,7 @@ def _state_names(model: nn.Module) -> list[str]:
     masks = set()
     for path, module in model.named_modules(remove_duplicate=False):
         for attribute, _ in module.named_parameters(recurse=False, remove_duplicate=False):
-            spec = mask_spec(module, attribute)
-            if spec is not None:
-                masks |= {join(path, mask_name(attribute)), join(path, spec.row_order or mask_name(attribute))}
+            slot = slots_of(module).get(attribute)
+            if slot is not None:
+                masks |= {join(path, name) for name in (mask_name(attribute), *beside_mask(slot))}
     return [name for name in model.state_dict(keep_vars=True) if name not in masks]

@@ -7,7 +7,7 @@ from torch import nn
 from fxsparse.errors import ConfigError
 from fxsparse.graph import provenance
 from fxsparse.nn import SPARSE_TYPES, Route, mask_name
-from fxsparse.passes.places import owner_of, replace_module, split_name
+from fxsparse.passes.places import owner_of, replace_modules, split_name
 from fxsparse.passes.snapshot import graphs_of
 from fxsparse.passes.spec_pass import SpecPass
 from fxsparse.passes.structure import check_same_names
@@ -38,25 +38,27 @@ class SwapModules(SpecPass):
 
     def call(self, module: nn.Module) -> bool:
         """Swap, in the order of the targets."""
-        swapped: dict[int, str] = {}
+        swapped: dict[nn.Module, nn.Module] = {}
+        first: dict[nn.Module, str] = {}
         for name, spec in self.specs.items():
             dense, _ = owner_of(module, name)
-            if id(dense) in swapped:  # case 2
-                self.record(name, f"one module with `{swapped[id(dense)]}`")
+            if dense in swapped:  # case 2
+                self.record(name, f"one module with `{first[dense]}`")
                 continue
             sparse = SPARSE_TYPES[type(dense)].from_dense(dense, spec)
-            replace_module(module, dense, sparse)  # case 1
-            swapped[id(sparse)] = name
-            self._stamp_calls(module, split_name(name)[0], sparse)
+            swapped[dense], first[dense] = sparse, name
             self.record(name, f"{type(dense).__name__} -> sparse {type(sparse).__name__}, {spec.pattern}")
+        replace_modules(module, swapped)  # case 1
+        self._stamp_calls(module, {swapped[dense]: split_name(name)[0] for dense, name in first.items()})
         return bool(swapped)
 
-    def _stamp_calls(self, module: nn.Module, source: str, sparse: nn.Module) -> None:
+    def _stamp_calls(self, module: nn.Module, sources: dict[nn.Module, str]) -> None:
         for found in graphs_of(module).values():
-            paths = [path for path, child in found.named_modules(remove_duplicate=False) if child is sparse]
-            for path in paths:
-                for node in found.graph.find_nodes(op="call_module", target=path):  # case 3
-                    provenance.stamp(node, self.name, "swapped", source)
+            children = dict(found.named_modules(remove_duplicate=False))
+            for node in found.graph.find_nodes(op="call_module"):  # case 3
+                child = children.get(str(node.target))
+                if child in sources:
+                    provenance.stamp(node, self.name, "swapped", sources[child])
 
     def ensures(self, before: nn.Module, after: nn.Module) -> None:
         """Same parameters under the same names; of the buffers, only masks are new."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,13 +14,24 @@ from torch.utils import _pytree as pytree
 
 from fxsparse.errors import PassError
 from fxsparse.graph import fresh_inputs, isolated_clone, split_inputs
-from fxsparse.graph.inputs import tensors_of
+from fxsparse.graph.inputs import opened, tensors_of
 from fxsparse.graph.scopes import mode_of, seeded
 from fxsparse.nn import masks as masks_of
 from fxsparse.passes.equivalence import DIFFERENT, EXACT, Close, Equivalence
 
 _SEED = 20250
 _ROUNDING = 2.0**13  # units in the last place, of the largest entry, by which gradients under EXACT may differ
+
+
+class Verify(enum.Enum):
+    """How a transform shows on the example inputs that it kept the function of a model, while all masks are True."""
+
+    QUICK = "quick"
+    """In the model's own dtype, in train mode, where models of little work also in eval mode: outputs, buffers and
+    written inputs are bit-identical, the outputs depend on the same parameters, and where a backward pass costs little
+    the gradients agree. In doubt `FULL` decides."""
+    FULL = "full"
+    """`verify_equal`: float64, eval and train mode, outputs, buffers and all gradients."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +155,7 @@ def _observe(
                 args, kwargs = _cast((args, kwargs), dtype)
             args, kwargs = fresh_inputs(args, kwargs)
             with mode_of(clone, training), torch.enable_grad():
-                outputs = clone(*args, **kwargs)
+                outputs = opened(clone(*args, **kwargs))
                 _backward(outputs)
         except Exception as error:  # whatever the user's forward raises is what there is to observe
             return _Observation(error=error)

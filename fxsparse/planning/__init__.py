@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from fxsparse.planning.compaction import CompactionReport as CompactionReport
+from fxsparse.planning.compaction import compact as compact
+from fxsparse.planning.compaction import compaction_report as compaction_report
 from fxsparse.planning.planner import Plan as Plan
-from fxsparse.planning.planner import WeightPlan as WeightPlan
 from fxsparse.planning.planner import plan as plan
 from fxsparse.planning.select import Selector as Selector
 from fxsparse.planning.sparsify import SparsityReport as SparsityReport
 from fxsparse.planning.sparsify import finalize as finalize
 from fxsparse.planning.sparsify import sparsity_report as sparsity_report
 from fxsparse.planning.sparsify import transform as transform
+from fxsparse.planning.weight_plan import WeightPlan as WeightPlan

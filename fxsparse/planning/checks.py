@@ -29,7 +29,8 @@ def check_model(model: object) -> None:
     """Raise unless the model is one that can be transformed.
 
     Raises:
-        ConfigError: not a module, a wrapper, a model with masks or with inference tensors.
+        ConfigError: not a module; a model that is compiled or spread over devices, or has a part that is; a model with
+            masks or with inference tensors.
         CaptureError: a scripted model.
     """
     if not isinstance(model, nn.Module):
@@ -38,12 +39,7 @@ def check_model(model: object) -> None:
         raise CaptureError(
             "`model` is scripted, its code cannot be rewritten; give the module from before torch.jit.script"
         )
-    kind = type(model).__name__
-    if kind == "OptimizedModule":
-        raise ConfigError(f"`model` (={kind}) is compiled; give `model._orig_mod` and compile the result")
-    wrappers = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
-    if any(base.__name__ in wrappers and base.__module__.startswith("torch.") for base in type(model).__mro__):
-        raise ConfigError(f"`model` (={kind}) is a wrapper; give `model.module` and wrap the result")
+    _check_wrappers(model)
     for name, parameter in model.named_parameters():
         if not is_lazy(parameter) and parameter.is_inference():
             raise ConfigError(f"`{name}` was made under torch.inference_mode, which cannot be trained; make it outside")
@@ -53,6 +49,24 @@ def check_model(model: object) -> None:
             f"`model` has {len(present)} masks already (`{present[0]}`...); change them with set_masks, or take them "
             "off with finalize"
         )
+
+
+def _check_wrappers(model: nn.Module) -> None:
+    """Raise ConfigError where the model, or a part of it, is compiled or distributed: its code or hooks are fixed."""
+    for path, module in model.named_modules():
+        kind, here = type(module).__name__, f"`{path}`" if path else "`model`"
+        bases = {base.__name__ for base in type(module).__mro__ if base.__module__.startswith("torch.")}
+        if "OptimizedModule" in bases | {kind}:
+            inner = "model._orig_mod" if not path else f"model.{path}._orig_mod"
+            raise ConfigError(f"{here} (={kind}) is compiled; give `{inner}` and compile the result")
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            raise ConfigError(f"{here} (={kind}) is compiled in place; transform before `.compile()`")
+        wrappers = bases & {"DistributedDataParallel", "FullyShardedDataParallel"}
+        if wrappers or (not path and "DataParallel" in bases):
+            inner = "model.module" if not path else f"model.{path}.module"
+            raise ConfigError(f"{here} (={kind}) is a wrapper; give `{inner}` and wrap the result")
+        if "FSDPModule" in bases:
+            raise ConfigError(f"{here} (={kind}) is sharded; transform before `fully_shard`")
 
 
 def check_values(weights: Sequence[Weight], sparsity: float) -> None:
@@ -65,9 +79,10 @@ def check_values(weights: Sequence[Weight], sparsity: float) -> None:
                     f"`{weight.name}` is on the meta device and has no magnitudes; use `sparsity` 0 there"
                 )
             continue
-        finite = torch.isfinite(values)
-        if not bool(finite.all()):
-            bad = int((~finite).sum())
+        if bool(torch.isfinite(values.sum())):  # one cheap read; a sum that overflows needs the exact look
+            continue
+        bad = int((~torch.isfinite(values)).sum())
+        if bad:
             raise DataError(f"`{weight.name}` holds {bad} NaN or infinite values; repair or exclude it")
 
 

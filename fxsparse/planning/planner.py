@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,23 +9,27 @@ from typing import Any
 from torch import Tensor, nn
 
 from fxsparse.errors import ConfigError, PassError
-from fxsparse.graph import Refusal, capture, isolated_clone
+from fxsparse.graph import Capture, Refusal, capture, isolated_clone, structural_clone
 from fxsparse.nn import Guard, MaskSpec, Route, masked_weights, set_masks, tie_masks
 from fxsparse.passes import (
     FoldMasks,
     InsertMasks,
+    MaskEffective,
     MaskParameters,
-    Pass,
     Pipeline,
     PipelineResult,
     SwapModules,
-    verify_equal,
+    Verify,
 )
+from fxsparse.passes.spec_pass import SpecPass
+from fxsparse.passes.structure import check_same_state
 from fxsparse.planning.checks import check_model, check_options, check_values, quantised_parts
 from fxsparse.planning.choose import choose
+from fxsparse.planning.equality import Equality, release_masks
 from fxsparse.planning.routing import Weight, describe_weights
 from fxsparse.planning.select import Selector
 from fxsparse.planning.table import format_table
+from fxsparse.planning.weight_plan import HEADER, RECORD, ROUTES, WeightPlan
 from fxsparse.sparsity import (
     ConstantFanIn,
     Distribution,
@@ -45,46 +47,6 @@ from fxsparse.sparsity import (
 UNSTRUCTURED: Pattern = Unstructured()
 UNIFORM: Distribution = Uniform()
 
-ROUTES = (Route.MODULE, Route.MASK_NODE, Route.PARAMETER)
-"""Routes in the order in which a weight with several names is described by one of them."""
-
-RECORD = "_fxsparse_plan"
-"""Attribute of a transformed model that holds the `WeightPlan` of each of its weights."""
-
-
-@dataclass(frozen=True)
-class WeightPlan:
-    """What a transform does to one weight.
-
-    Attributes:
-        name: Its first name.
-        shape: Its shape.
-        route: Where its mask takes effect (the first of `ROUTES` among its names); None when it gets no mask.
-        guard: What keeps dead entries out of the training; None when it gets no mask.
-        layout: Its output and input axes; None when they are not known.
-        pattern: Which masks are legal; None when it gets no mask.
-        target: What it keeps; None when it gets no mask.
-        uses: Where it is used, as "op in module".
-        reason: Why it is masked so, or why it is not.
-        specs: Each of its names -> the spec of the mask there.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    route: Route | None
-    guard: Guard | None
-    layout: Layout | None
-    pattern: Pattern | None
-    target: Target | None
-    uses: tuple[str, ...] = ()
-    reason: str = ""
-    specs: Mapping[str, MaskSpec] = field(default_factory=dict, repr=False)
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -97,6 +59,7 @@ class Plan:
         sparsity: The global dead fraction asked for.
         captured: The model as captured; it shares all tensors with the model that was planned.
         example_inputs: The example inputs, or None.
+        notes: What could not be compared on the example inputs, and why.
     """
 
     weights: tuple[WeightPlan, ...]
@@ -105,6 +68,7 @@ class Plan:
     captured: nn.Module = field(repr=False)
     origin: nn.Module = field(repr=False)
     example_inputs: Any = field(default=None, repr=False)
+    notes: tuple[str, ...] = ()
 
     @property
     def masked(self) -> tuple[WeightPlan, ...]:
@@ -113,19 +77,22 @@ class Plan:
 
     def pipeline(self, stop_after: str | None = None) -> Pipeline:
         """The passes that carry the plan out; masks are all True after them."""
+        return Pipeline(self._passes(), stop_after)
+
+    def _passes(self) -> list[SpecPass]:
         by_route = {route: self._specs(route) for route in Route}
         guarded = {
             name: spec
-            for weight in self.masked
-            for name, spec in weight.specs.items()
-            if spec.guard is Guard.GRADIENT and spec.route is not Route.PARAMETER
+            for route in (Route.MODULE, Route.MASK_NODE)
+            for name, spec in by_route[route].items()
+            if spec.guard is Guard.GRADIENT
         }
-        passes: list[Pass] = [
+        return [
             SwapModules(_unguarded(by_route[Route.MODULE])),
             InsertMasks(_unguarded(by_route[Route.MASK_NODE])),
+            MaskEffective(by_route[Route.EFFECTIVE]),
             MaskParameters({**guarded, **by_route[Route.PARAMETER]}),
         ]
-        return Pipeline(passes, stop_after)
 
     def _specs(self, route: Route) -> dict[str, MaskSpec]:
         named = ((name, spec) for weight in self.masked for name, spec in weight.specs.items())
@@ -143,40 +110,44 @@ class Plan:
         pipeline = Pipeline([*self.pipeline().passes, FoldMasks()], stop_after)
         return pipeline(isolated_clone(self.captured))
 
-    def apply(self, inplace: bool = False) -> nn.Module:
+    def apply(self, inplace: bool = False, verify: Verify = Verify.QUICK) -> nn.Module:
         """Carry the plan out.
 
         Args:
             inplace: The result shares parameters and buffers with the planned model (an optimizer of it stays valid,
                 and its dead weights become zero); else it has copies and the planned model stays as it was.
+            verify: How the result is compared with the planned model on the example inputs, while all masks are True.
 
         Returns:
-            The sparse model: the same parameter names, masks inside. Its function was compared with the planned model
-            on the example inputs while all masks were still True.
+            The sparse model: the same parameter names, masks inside.
+
+        Raises:
+            PassError: a rewrite broke its contract.
+        """
+        return self.carry_out(inplace, Equality(self.origin, self.example_inputs, verify))
+
+    def carry_out(self, inplace: bool, equality: Equality) -> nn.Module:
+        """`apply` with a comparison that is prepared already.
 
         Raises:
             PassError: a rewrite broke its contract.
         """
         names = [name for name, _ in self.origin.named_parameters(remove_duplicate=False)]
-        source = self.captured if inplace else isolated_clone(self.captured, copied=names)
-        result = self.pipeline()(source).module
-        tie_masks(result)
-        self._verify(source, result)
+        result = structural_clone(self.captured) if inplace else isolated_clone(self.captured, copied=names)
+        try:
+            for each in self._passes():
+                if each.targets:
+                    each.rewrite(result)
+            tie_masks(result)
+            check_same_state(self.captured, result)
+            equality.check(result)
+        except PassError as error:
+            release_masks(result)
+            self.pipeline()(isolated_clone(self.captured), self.example_inputs)  # the pass that broke it raises
+            raise PassError(f"transform: {error}") from error
         set_masks(result, self._initial_masks(result))
         result.__dict__[RECORD] = self.weights
         return result
-
-    def _verify(self, source: nn.Module, result: nn.Module) -> None:
-        """Compare the result with the planned model; on a difference find the pass that made it."""
-        if self.example_inputs is None:
-            return
-        try:
-            found = verify_equal(self.origin, result, self.example_inputs)
-        except PassError as error:
-            self.pipeline()(source, self.example_inputs)
-            raise PassError(f"transform: {error}") from error
-        if not found.compared:
-            warnings.warn(f"transform: the result could not be compared with the model: {found.notes[0]}", stacklevel=3)
 
     def _initial_masks(self, model: nn.Module) -> dict[str, Tensor]:
         """Magnitude masks with the planned counts."""
@@ -192,38 +163,18 @@ class Plan:
         return masks
 
     def __str__(self) -> str:
-        header = ("weight", "shape", "route", "pattern", "sparsity", "alive", "uses", "reason")
-        rows = [_row(weight) for weight in self.weights]
-        lines = [format_table(header, rows), ""]
+        lines = [format_table(HEADER, [weight.row for weight in self.weights]), ""]
         total, alive = sum(w.numel for w in self.masked), sum(w.target.alive for w in self.masked if w.target)
         lines.append(
             f"{len(self.masked)} of {len(self.weights)} weights masked; {alive} of {total} elements alive in them"
         )
         lines += map(str, self.refusals)
+        lines += [f"not compared: {note}" for note in self.notes]
         return "\n".join(lines)
 
 
 def _unguarded(specs: Mapping[str, MaskSpec]) -> dict[str, MaskSpec]:
     return {name: replace(spec, guard=Guard.FORWARD) for name, spec in specs.items()}
-
-
-def _row(weight: WeightPlan) -> tuple[str, ...]:
-    shape = "x".join(map(str, weight.shape))
-    uses = ", ".join(weight.uses[:2]) + (f" and {len(weight.uses) - 2} more" if len(weight.uses) > 2 else "")
-    if weight.route is None or weight.target is None:
-        return weight.name, shape, "-", "-", "-", "-", uses, weight.reason
-    route = weight.route.value + ("*" if weight.guard is Guard.GRADIENT and weight.route is not Route.PARAMETER else "")
-    target = weight.target
-    return (
-        weight.name,
-        shape,
-        route,
-        str(weight.pattern),
-        f"{target.sparsity:.4g}",
-        str(target.alive),
-        uses,
-        weight.reason,
-    )
 
 
 def plan(
@@ -261,21 +212,44 @@ def plan(
         CaptureError: a scripted model, or one that cannot be copied.
         DataError: a chosen weight holds NaN or infinity.
     """
+    return decide(model, example_inputs, Options(sparsity, pattern, distribution, include, exclude, fisher))[0]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The keyword arguments of `plan`."""
+
+    sparsity: float
+    pattern: Pattern
+    distribution: Distribution
+    include: Selector | Iterable[Selector] | None
+    exclude: Selector | Iterable[Selector] | None
+    fisher: object
+
+
+def decide(model: nn.Module, example_inputs: Any, options: Options, *, compare: bool = True) -> tuple[Plan, Capture]:
+    """`plan`, with the capture that it rests on; `compare` is that of `capture`.
+
+    Raises:
+        ConfigError, CaptureError, DataError: as `plan`.
+    """
+    sparsity, pattern = options.sparsity, options.pattern
     check_sparsity(sparsity)
-    check_options(pattern, distribution, fisher)
+    check_options(pattern, options.distribution, options.fisher)
     check_model(model)
-    captured = capture(model, example_inputs)
+    captured = capture(model, example_inputs, compare=compare)
     weights = describe_weights(model, captured)
-    chosen = choose(model, weights, include, exclude)
+    chosen = choose(model, weights, options.include, options.exclude)
     check_values([weight for weight in weights if weight.name in chosen], sparsity)
-    targets = _targets(weights, chosen, sparsity, pattern, distribution)
+    targets = _targets(weights, chosen, sparsity, pattern, options.distribution)
     plans = tuple(_planned(weight, chosen, pattern, targets) for weight in weights if _shown(weight, chosen))
     refusals = (*captured.refusals, *quantised_parts(model))
-    return Plan(plans, refusals, float(sparsity), captured.module, model, example_inputs)
+    notes = () if captured.reference is None else captured.reference.notes
+    return Plan(plans, refusals, float(sparsity), captured.module, model, example_inputs, notes), captured
 
 
 def _targets(
-    weights: Sequence[Weight], chosen: frozenset[str], sparsity: float, pattern: Pattern, distribution: Distribution
+    weights: Sequence[Weight], chosen: Mapping[str, str], sparsity: float, pattern: Pattern, distribution: Distribution
 ) -> dict[str, Target]:
     specs, scores = [], {}
     for weight in weights:
@@ -299,18 +273,19 @@ def _targets(
         raise ConfigError(f"{error}{hint}") from error
 
 
-def _shown(weight: Weight, chosen: frozenset[str]) -> bool:
+def _shown(weight: Weight, chosen: Mapping[str, str]) -> bool:
     return weight.name in chosen or len(weight.shape) >= 2
 
 
-def _planned(weight: Weight, chosen: frozenset[str], pattern: Pattern, targets: Mapping[str, Target]) -> WeightPlan:
+def _planned(weight: Weight, chosen: Mapping[str, str], pattern: Pattern, targets: Mapping[str, Target]) -> WeightPlan:
     if weight.name not in chosen:
         reason = weight.refusal or ("left out by include or exclude" if weight.default else weight.reason)
-        return WeightPlan(weight.name, weight.shape, None, None, weight.layout, None, None, weight.uses, reason)
+        left = WeightPlan(weight.name, weight.shape, None, None, weight.layout, None, None, weight.uses, reason)
+        return replace(left, refused=weight.refusal is not None)
     layout = weight.layout or Layout()
     specs = {name: MaskSpec(pattern, layout, route, guard) for name, (route, guard) in weight.routes.items()}
     first = min(specs.values(), key=lambda spec: ROUTES.index(spec.route))
-    reason = weight.reason
+    reason = chosen[weight.name]
     remark = pattern.remark(weight.shape, layout) if pattern is not None else None
     if remark:
         reason = f"{reason}; {remark}"

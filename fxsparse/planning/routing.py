@@ -5,26 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from fxsparse.graph import Capture
-from fxsparse.nn import SPARSE_TYPES, Guard, Route, layout_of, mask_name
+from fxsparse.nn import SPARSE_TYPES, Guard, Route
 from fxsparse.passes import graphs_of
 from fxsparse.passes.places import owner_of, places_of, split_name
 from fxsparse.passes.snapshot import join
-from fxsparse.planning.usage import KEEPS_ZEROS, PRODUCTS, Usage, common_layout, usages_of
+from fxsparse.planning.derived import Role, derivation
+from fxsparse.planning.reasons import ASK, Found, as_used, by_default, layout_of_weight, refusal
+from fxsparse.planning.usage import Usage, usages_of
 from fxsparse.sparsity import Layout
 
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-_NOT_BY_DEFAULT: tuple[tuple[str, tuple[type[nn.Module], ...]], ...] = (
-    ("an embedding", (nn.Embedding, nn.EmbeddingBag)),
-    ("a recurrent weight", (nn.RNNBase, nn.RNNCellBase)),
-    ("a bilinear weight", (nn.Bilinear,)),
-)
-_ASK = "name it with `include` to mask it"
+WRITTEN = "the forward pass writes into it, also at dead entries, which only readers through the mask see as zeros"
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +34,7 @@ class Weight:
         refusal: Why it cannot be masked at all, and the mend; None when it can.
         routes: Each of its names -> route and guard of a mask there.
         uses: Where it is used, as "op in module".
+        fallback: Whether it is sparsified where a model has no weight that is sparsified by default.
     """
 
     name: str
@@ -52,11 +46,17 @@ class Weight:
     refusal: str | None
     routes: Mapping[str, tuple[Route, Guard]]
     uses: tuple[str, ...] = ()
+    fallback: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Its shape."""
         return tuple(self.parameter.shape)
+
+    @property
+    def why_masked(self) -> str:
+        """`reason` without the advice to ask for it."""
+        return self.reason.removesuffix(f"; {ASK}")
 
 
 def describe_weights(model: nn.Module, captured: Capture) -> list[Weight]:
@@ -75,8 +75,10 @@ def describe_weights(model: nn.Module, captured: Capture) -> list[Weight]:
         if weight.default and recording is not None and name in recording.unused:
             called = [path for path, _ in map(split_name, names) if recording.calls.get(path)]
             if called:
-                reason = f"`{called[0]}` runs without reading it; {_ASK}"
-                weight = replace(weight, default=False, reason=reason)
+                reason = f"`{called[0]}` runs without reading it; {ASK}"
+                weight = replace(weight, default=False, fallback=False, reason=reason)
+        if recording is not None and name in recording.written:
+            weight = replace(weight, reason=f"{weight.reason}; {WRITTEN}")
         found.append(weight)
     return found
 
@@ -126,20 +128,27 @@ def _describe(
     owners = {name: owner_of(model, name) for name in names}
     parameter = model.get_parameter(names[0])
     layers = {name for name, (module, attribute) in owners.items() if _swappable(name, module, attribute)}
-    refusal = _refusal(parameter, owners, usages)
-    default, reason = _default(parameter, owners, usages, recorded)
+    in_graph = bool(usages) and all(graphs.runs(usage.module, parameter) for usage in usages)
+    derived = derivation(model, owners, parameter, usages, in_graph)
+    found = Found(parameter, as_used(model, owners, derived), tuple(usages), recorded, derived)
+    default, fallback, reason = by_default(found)
     routes, where = _routes(parameter, names, layers, usages, graphs)
-    uses = tuple(dict.fromkeys(f"{usage.op} in {usage.module or 'the root'}" for usage in usages))
+    if derived.role is Role.EFFECTIVE:
+        at_parameter = (Route.PARAMETER, Guard.GRADIENT)
+        first = next((name for name in names if name in graphs.read_names), names[0]) if in_graph else names[0]
+        routes = {name: (Route.EFFECTIVE, Guard.GRADIENT) if name == first else at_parameter for name in names}
+        where = f"masked behind {derived.by}"
     return Weight(
         names[0],
         tuple(names),
         parameter,
-        _layout(owners, usages),
+        layout_of_weight(found),
         default,
         f"{reason}; {where}" if default else reason,
-        refusal,
+        refusal(found, owners),
         routes,
-        uses,
+        tuple(dict.fromkeys(f"{usage.op} in {usage.module or 'the root'}" for usage in usages)),
+        fallback,
     )
 
 
@@ -171,90 +180,3 @@ def _routes(
         guarded_too = (Route.MASK_NODE, Guard.GRADIENT)
         return {name: guarded_too if name in read else at_parameter for name in names}, "the graph reads it masked"
     return dict.fromkeys(names, at_parameter), "used in code that is no graph"
-
-
-def _refusal(
-    parameter: nn.Parameter, owners: Mapping[str, tuple[nn.Module, str]], usages: Sequence[Usage]
-) -> str | None:
-    if not (parameter.is_floating_point() or parameter.is_complex()):
-        return f"its dtype is {parameter.dtype}; prune before quantising"
-    for name, (module, attribute) in owners.items():
-        if isinstance(module, torch.jit.ScriptModule):
-            return f"its module `{split_name(name)[0]}` is scripted; give the module from before torch.jit.script"
-        if ".parametrizations." in f".{name}" or isinstance(module, parametrize.ParametrizationList):
-            return (
-                "it is under a parametrization, which turns zeros into other values; remove the parametrization before"
-            )
-        if _old_norm(module, attribute):
-            return "it is under weight_norm or spectral_norm; remove the norm before (torch.nn.utils.remove_*_norm)"
-        if hasattr(module, mask_name(attribute)):
-            return f"its module has an attribute `{mask_name(attribute)}` already; rename that attribute"
-    for usage in usages:
-        lossy = [op for op in usage.derived if op not in KEEPS_ZEROS]
-        if lossy and usage.op in PRODUCTS:
-            return f"`{lossy[0]}` makes other values of its zeros before `{usage.op}`; exclude it"
-    return None
-
-
-def _old_norm(module: nn.Module, attribute: str) -> bool:
-    for hook in module._forward_pre_hooks.values():
-        if type(hook).__name__ in ("WeightNorm", "SpectralNorm"):
-            stem = getattr(hook, "name", "")
-            if attribute in (f"{stem}_g", f"{stem}_v", f"{stem}_orig"):
-                return True
-    return False
-
-
-def _default(
-    parameter: nn.Parameter,
-    owners: Mapping[str, tuple[nn.Module, str]],
-    usages: Sequence[Usage],
-    recorded: bool,
-) -> tuple[bool, str]:
-    """Whether the parameter is sparsified unless asked otherwise, and why."""
-    if parameter.ndim < 2:
-        return False, f"fewer than 2 axes; {_ASK}"
-    modules = [(module, attribute) for module, attribute in owners.values()]
-    products = [usage for usage in usages if usage.op in PRODUCTS and usage.weight]
-    for module, attribute in modules:
-        if isinstance(module, _LAYERS) and attribute == "weight" and (_torch_class(module) or products or not recorded):
-            if not _torch_class(module) and not products:
-                return False, f"{type(module).__name__} may compute something of its own; give `example_inputs`"
-            if _depthwise(parameter, layout_of(module)):
-                return False, f"a depthwise convolution; {_ASK}"
-            return True, f"weight of {type(module).__name__}"
-        if isinstance(module, nn.MultiheadAttention) and attribute in _ATTENTION:
-            return True, "attention projection"
-    for kind, types in _NOT_BY_DEFAULT:
-        if any(isinstance(module, types) for module, _ in modules):
-            return False, f"{kind}; {_ASK}"
-    if products:
-        layout = common_layout(products)
-        if layout is not None and _depthwise(parameter, layout):
-            return False, f"a depthwise convolution; {_ASK}"
-        return True, f"weight of {products[0].op}"
-    if not recorded and not usages:
-        return False, f"its uses are not known; give `example_inputs`, or {_ASK}"
-    kinds = ", ".join(dict.fromkeys(usage.op for usage in usages)) or "nothing in the example run"
-    return False, f"used by {kinds}; {_ASK}"
-
-
-def _torch_class(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.nn.")
-
-
-def _depthwise(parameter: nn.Parameter, layout: Layout) -> bool:
-    """Whether every output channel of a grouped convolution reads a single input channel."""
-    groups = layout.groups
-    inputs = parameter.shape[layout.in_axis] // (groups if layout.in_axis < layout.out_axis else 1)
-    return groups > 1 and inputs == 1
-
-
-def _layout(owners: Mapping[str, tuple[nn.Module, str]], usages: Sequence[Usage]) -> Layout | None:
-    for module, attribute in owners.values():
-        if isinstance(module, _LAYERS) and attribute == "weight":
-            return layout_of(module)
-    for module, _ in owners.values():
-        if isinstance(module, nn.MultiheadAttention | nn.RNNBase | nn.RNNCellBase | nn.Embedding | nn.EmbeddingBag):
-            return Layout.linear()
-    return common_layout([usage for usage in usages if usage.op in PRODUCTS and usage.weight])

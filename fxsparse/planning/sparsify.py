@@ -9,13 +9,15 @@ from typing import Any
 
 from torch import nn
 
-from fxsparse.errors import ConfigError
+from fxsparse.errors import ConfigError, PassError
 from fxsparse.graph import isolated_clone
-from fxsparse.nn import Guard, MaskedWeight, SparseModule, mask_spec, masked_weights, remove_mask
-from fxsparse.passes import FoldMasks
-from fxsparse.planning.planner import RECORD, ROUTES, UNIFORM, UNSTRUCTURED, WeightPlan, plan
+from fxsparse.nn import MaskedWeight, SparseModule, mask_spec, masked_weights
+from fxsparse.passes import FoldMasks, Verify
+from fxsparse.planning.equality import Equality, release_masks
+from fxsparse.planning.planner import UNIFORM, UNSTRUCTURED, Options, decide
 from fxsparse.planning.select import Selector
 from fxsparse.planning.table import format_table
+from fxsparse.planning.weight_plan import RECORD, ROUTES, WeightPlan
 from fxsparse.sparsity import Distribution, Pattern
 
 
@@ -30,6 +32,7 @@ def transform(
     exclude: Selector | Iterable[Selector] | None = None,
     fisher: object = None,
     inplace: bool = False,
+    verify: Verify = Verify.QUICK,
 ) -> nn.Module:
     """Give a model masks: `plan(...)` followed by `apply(inplace)`.
 
@@ -45,6 +48,8 @@ def transform(
         exclude: What to leave out.
         fisher: Not available in this version.
         inplace: Reuse the model's parameters: no copy, and an optimizer of the model trains the result.
+        verify: How the equality above is shown on the example inputs: `Verify.QUICK`, in the model's own dtype, or
+            `Verify.FULL`, in float64 with all gradients.
 
     Returns:
         The sparse model, with the original parameter names.
@@ -63,21 +68,24 @@ def transform(
     2.weight  2x4    module  Unstructured()  2      0.2500   weight of Linear; its module reads it masked
     2 masked weights: 10 of 40 elements alive, density 0.2500
     """
-    planned = plan(
-        model,
-        example_inputs,
-        sparsity=sparsity,
-        pattern=pattern,
-        distribution=distribution,
-        include=include,
-        exclude=exclude,
-        fisher=fisher,
-    )
-    return planned.apply(inplace=inplace)
+    if not isinstance(verify, Verify):
+        raise ConfigError(f"`verify` (={verify!r}) must be Verify.QUICK or Verify.FULL")
+    options = Options(sparsity, pattern, distribution, include, exclude, fisher)
+    planned, captured = decide(model, example_inputs, options, compare=False)
+    equality = Equality(model, example_inputs, verify, captured.reference)
+    if captured.compared:
+        return planned.carry_out(inplace, equality)
+    try:
+        return planned.carry_out(inplace, equality)
+    except PassError:  # a graph or a pass: with graphs that were compared one by one it is the pass
+        planned, _ = decide(model, example_inputs, options)
+        return planned.carry_out(inplace, equality)
 
 
 def finalize(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Fold the masks of a sparse model: plain modules again, dead weights stored as zeros.
+
+    Masks behind a computation that does not keep zeros (weight standardisation) cannot be folded and stay.
 
     Args:
         model: A model with masks; it stays as it was unless `inplace`.
@@ -100,19 +108,10 @@ def finalize(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     if isinstance(source, SparseModule):  # the root itself cannot be replaced by a pass
         return source.to_dense()
     result = FoldMasks()(source).module
-    _release(source)
+    release_masks(source)
     for module in result.modules():
         module.__dict__.pop(RECORD, None)
     return result
-
-
-def _release(model: nn.Module) -> None:
-    """Take the guards of a model that is used up off its parameters."""
-    for weight in masked_weights(model).values():
-        for module, attribute in weight.owners:
-            spec = mask_spec(module, attribute)
-            if spec is not None and spec.guard is Guard.GRADIENT:
-                remove_mask(module, attribute)
 
 
 @dataclass(frozen=True)

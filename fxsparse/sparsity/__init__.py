@@ -22,9 +22,12 @@ from fxsparse.sparsity.distribution import Uniform as Uniform
 from fxsparse.sparsity.distribution import WeightSpec as WeightSpec
 from fxsparse.sparsity.erk import ERKSolution as ERKSolution
 from fxsparse.sparsity.erk import round_to_total as round_to_total
+from fxsparse.sparsity.erk import share_out as share_out
 from fxsparse.sparsity.erk import solve_erk as solve_erk
 from fxsparse.sparsity.fan_in import ConstantFanIn as ConstantFanIn
 from fxsparse.sparsity.fan_in import fan_in as fan_in
+from fxsparse.sparsity.grouping import group_rows as group_rows
+from fxsparse.sparsity.grouping import kept_mass as kept_mass
 from fxsparse.sparsity.layout import LINEAR as LINEAR
 from fxsparse.sparsity.layout import Layout as Layout
 from fxsparse.sparsity.mask import Mask as Mask
@@ -50,6 +53,7 @@ from fxsparse.sparsity.saliency import Magnitude as Magnitude
 from fxsparse.sparsity.saliency import Random as Random
 from fxsparse.sparsity.saliency import Saliency as Saliency
 from fxsparse.sparsity.saliency import Taylor as Taylor
+from fxsparse.sparsity.saliency import Wanda as Wanda
 from fxsparse.sparsity.schedule import ConstantSparsity as ConstantSparsity
 from fxsparse.sparsity.schedule import CosineSparsity as CosineSparsity
 from fxsparse.sparsity.schedule import CubicSparsity as CubicSparsity

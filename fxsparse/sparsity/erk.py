@@ -120,3 +120,31 @@ def at_least_one(counts: Sequence[int], locked: Collection[int] = ()) -> list[in
             result[max(payers, key=result.__getitem__)] -= 1
             result[index] = 1
     return result
+
+
+def share_out(shares: Sequence[float], total: int, caps: Sequence[int]) -> list[int]:
+    """Integers of sum `total` in proportion to `shares`, none above its cap.
+
+    What is capped leaves the pool, and the rest is rounded anew in proportion (by largest remainder, ties to the lower
+    index) until nothing is. A pool whose shares are all 0 is shared out equally.
+
+    Args:
+        shares: At least 0.
+        total: Sum of the result.
+        caps: Largest values.
+
+    Raises:
+        ConfigError: the caps do not hold the total.
+    """
+    if not 0 <= total <= sum(caps):
+        raise ConfigError(f"`total` (={total}) must be from 0 to the sum of the caps (={sum(caps)})")
+    counts, pool = [0] * len(shares), list(range(len(shares)))
+    while pool:
+        left, weight = total - sum(counts), sum(shares[i] for i in pool)
+        wanted = [left * shares[i] / weight if weight else left / len(pool) for i in pool]
+        rounded = dict(zip(pool, round_to_total(wanted, left, [left] * len(pool)), strict=True))
+        full = [i for i in pool if rounded[i] > caps[i]]
+        for i in full or pool:
+            counts[i] = min(rounded[i], caps[i])
+        pool = [i for i in pool if i not in full] if full else []
+    return counts

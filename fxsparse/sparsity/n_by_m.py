@@ -133,6 +133,7 @@ class NByM(Pattern):
         n: Alive positions per group.
         m: Size of a group.
         axis: Axis of the weight that groups run along; 1 = inputs of a linear layer, input channels of a convolution.
+            Axes of experts are not counted.
         exact: Whether every group of a sparse weight holds exactly n.
         remainder: What becomes of an axis that is not a multiple of m.
     """
@@ -152,8 +153,14 @@ class NByM(Pattern):
     def units(self, shape: Sequence[int], layout: Layout = LINEAR, row_order: Tensor | None = None) -> Units:
         """One segment per group of m."""
         sizes = checked_shape(self, shape, row_order)
-        axis = checked_axis(self.axis, sizes)
+        axis = self._axis(sizes, layout)
         length = sizes[axis]
+        blocks = layout.blocks if axis == layout.out_axis else 1
+        if blocks > 1 and length // blocks % self.m:
+            raise ConfigError(
+                f"each of the {blocks} blocks along axis {axis} (={length}) of `shape` (={sizes}) must be divisible by "
+                f"`m` (={self.m}); exclude this weight"
+            )
         if length % self.m:
             if self.remainder is Remainder.ERROR:
                 raise ConfigError(
@@ -183,12 +190,19 @@ class NByM(Pattern):
     def remark(self, shape: Sequence[int], layout: Layout = LINEAR) -> str | None:
         """Names a weight left dense and a smaller last group."""
         units = self.units(shape, layout)
-        length = shape[checked_axis(self.axis, tuple(shape))]
+        length = shape[self._axis(tuple(shape), layout)]
         if isinstance(units, DenseUnits):
-            return f"left dense: axis {self.axis} (={length}) is not divisible by `m` (={self.m})"
+            return (
+                f"left dense: axis {self._axis(tuple(shape), layout)} (={length}) is not divisible by `m` (={self.m})"
+            )
         if length % self.m:
             return f"the last group along axis {self.axis} has {length % self.m} of {self.m} positions"
         return None
+
+    def _axis(self, shape: tuple[int, ...], layout: Layout) -> int:
+        """The axis of the weight, batch axes counted."""
+        kept = [axis for axis in range(len(shape)) if axis not in layout.batch]
+        return kept[checked_axis(self.axis, tuple(shape[axis] for axis in kept))]
 
     def _choose(self, units: Units, scores: Tensor, target: Target, pooling: Pooling) -> Tensor:
         if self.exact or not isinstance(units, GroupUnits):

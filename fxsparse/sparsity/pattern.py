@@ -16,7 +16,7 @@ from fxsparse.errors import ConfigError
 from fxsparse.sparsity.counts import Target, check_count, check_sparsity
 from fxsparse.sparsity.layout import LINEAR, Layout
 from fxsparse.sparsity.top_k import segment_top_k
-from fxsparse.sparsity.units import BlockUnits, ElementUnits, SliceUnits, Units
+from fxsparse.sparsity.units import BlockUnits, ElementUnits, PartUnits, SliceUnits, Units
 from fxsparse.sparsity.units import Pooling as Pooling
 
 
@@ -131,23 +131,28 @@ class Unstructured(Pattern):
 class Channel(Pattern):
     """Whole slices along one axis of the weight; a slice's score is the sum of its elements.
 
+    Each part of a weight (an expert; q, k or v) has its own slices and keeps as many as the others.
+
     Attributes:
-        axis: 0 or 1 of the tensor (rows and columns of a linear layer), or any further axis.
+        axis: 0 or 1 of the tensor (rows and columns of a linear layer), or any further axis; experts' axes not counted.
     """
 
     axis: int = 0
 
-    def units(self, shape: Sequence[int], layout: Layout = LINEAR, row_order: Tensor | None = None) -> SliceUnits:
-        """One segment of `shape[axis]` slices."""
+    def units(self, shape: Sequence[int], layout: Layout = LINEAR, row_order: Tensor | None = None) -> Units:
+        """One segment of `shape[axis]` slices; one in each part."""
         sizes = checked_shape(self, shape, row_order)
-        return SliceUnits.of(sizes, checked_axis(self.axis, sizes))
+        one, _ = checked_part(sizes, layout)
+        inner = SliceUnits.of(one, checked_axis(self.axis, one))
+        return inner if one == sizes else PartUnits.of(sizes, layout, inner)
 
 
 @dataclass(frozen=True)
 class Block(Pattern):
     """Blocks over axes 0 and 1, spanning all further axes; a block's score is the mean of the elements that it has.
 
-    Border blocks that do not fit are blocks of their own, so the element count may differ from K.
+    Border blocks that do not fit are blocks of their own, so the element count may differ from K. Each part of a weight
+    (an expert; q, k or v) has its own blocks; the axes are those of a part.
 
     Attributes:
         height: Rows of a block.
@@ -161,16 +166,18 @@ class Block(Pattern):
         check_count(self.height, "height", 1)
         check_count(self.width, "width", 1)
 
-    def units(self, shape: Sequence[int], layout: Layout = LINEAR, row_order: Tensor | None = None) -> BlockUnits:
-        """One segment of all blocks, row-major."""
+    def units(self, shape: Sequence[int], layout: Layout = LINEAR, row_order: Tensor | None = None) -> Units:
+        """One segment of all blocks, row-major; one in each part."""
         sizes = checked_shape(self, shape, row_order)
-        if len(sizes) < 2:
+        one, _ = checked_part(sizes, layout)
+        if len(one) < 2:
             raise ConfigError(f"{self} needs a weight of at least 2 axes, not `shape` (={sizes}); use Unstructured()")
-        return BlockUnits.of(sizes, self.height, self.width)
+        inner = BlockUnits.of(one, self.height, self.width)
+        return inner if one == sizes else PartUnits.of(sizes, layout, inner)
 
     def remark(self, shape: Sequence[int], layout: Layout = LINEAR) -> str | None:
         """Names partial border blocks."""
-        rows, columns = shape[:2]
+        rows, columns = checked_part(tuple(shape), layout)[0][:2]
         if rows % self.height == 0 and columns % self.width == 0:
             return None
         return f"{self} leaves partial border blocks on {rows}x{columns}: the element count may differ from K"
@@ -183,6 +190,14 @@ def checked_shape(pattern: Pattern, shape: Sequence[int], row_order: Tensor | No
     if len(shape) == 0 or 0 in shape:
         raise ConfigError(f"{pattern} needs a non-empty weight of at least 1 axis, not `shape` (={tuple(shape)})")
     return tuple(int(size) for size in shape)
+
+
+def checked_part(shape: tuple[int, ...], layout: Layout) -> tuple[tuple[int, ...], Layout]:
+    """Shape and layout of one part of a weight; the weight itself where it has no parts."""
+    if layout.blocks == 1 and not layout.batch:
+        return shape, layout
+    layout.matrix_shape(shape)
+    return layout.part(shape)
 
 
 def checked_axis(axis: int, shape: tuple[int, ...]) -> int:

@@ -22,6 +22,7 @@ class Saliency(abc.ABC):
 
     pooling: ClassVar[Pooling]
     needs_gradient: ClassVar[bool] = False
+    needs_inputs: ClassVar[bool] = False
 
     @abc.abstractmethod
     def score(
@@ -29,6 +30,7 @@ class Saliency(abc.ABC):
         weight: Float[Tensor, "*shape"],
         gradient: Float[Tensor, "*batch_and_shape"] | None = None,
         generator: Generator | None = None,
+        inputs: Float[Tensor, "*shape"] | None = None,
     ) -> Float[Tensor, "*shape"]:
         """Scores of the weight's shape, at least float32, on the weight's device; nothing is changed.
 
@@ -36,9 +38,10 @@ class Saliency(abc.ABC):
             weight: The parameter.
             gradient: Mean gradient of the loss over all calibration samples, dead positions included.
             generator: Source of random scores.
+            inputs: Euclidean norm, over calibration samples and positions, of the input that each element multiplies.
 
         Raises:
-            ConfigError: a gradient is needed and missing, or of another shape.
+            ConfigError: a gradient or input norms are needed and missing, or of another shape.
         """
 
 
@@ -48,7 +51,13 @@ class Magnitude(Saliency):
 
     pooling: ClassVar[Pooling] = Pooling.RMS
 
-    def score(self, weight: Tensor, gradient: Tensor | None = None, generator: Generator | None = None) -> Tensor:
+    def score(
+        self,
+        weight: Tensor,
+        gradient: Tensor | None = None,
+        generator: Generator | None = None,
+        inputs: Tensor | None = None,
+    ) -> Tensor:
         """|w|."""
         return _wide(weight).abs()
 
@@ -60,7 +69,13 @@ class Gradient(Saliency):
     pooling: ClassVar[Pooling] = Pooling.RMS
     needs_gradient: ClassVar[bool] = True
 
-    def score(self, weight: Tensor, gradient: Tensor | None = None, generator: Generator | None = None) -> Tensor:
+    def score(
+        self,
+        weight: Tensor,
+        gradient: Tensor | None = None,
+        generator: Generator | None = None,
+        inputs: Tensor | None = None,
+    ) -> Tensor:
         """|g|."""
         return _wide(_given(self, weight, gradient)).abs()
 
@@ -77,13 +92,43 @@ class Taylor(Saliency):
     pooling: ClassVar[Pooling] = Pooling.MEAN
     needs_gradient: ClassVar[bool] = True
 
-    def score(self, weight: Tensor, gradient: Tensor | None = None, generator: Generator | None = None) -> Tensor:
+    def score(
+        self,
+        weight: Tensor,
+        gradient: Tensor | None = None,
+        generator: Generator | None = None,
+        inputs: Tensor | None = None,
+    ) -> Tensor:
         """|w g| or mean_b (w g_b)^2."""
         product = _wide(weight) * _wide(_given(self, weight, gradient, batches=self.squared))
         if not self.squared:
             return product.abs()
         square = product * product
         return square.mean(0) if square.ndim > weight.ndim else square
+
+
+@dataclass(frozen=True)
+class Wanda(Saliency):
+    """|w| times the norm of the input that the weight multiplies (Sun et al., arXiv 2306.11695)."""
+
+    pooling: ClassVar[Pooling] = Pooling.RMS
+    needs_inputs: ClassVar[bool] = True
+
+    def score(
+        self,
+        weight: Tensor,
+        gradient: Tensor | None = None,
+        generator: Generator | None = None,
+        inputs: Tensor | None = None,
+    ) -> Tensor:
+        """|w| ||x||."""
+        if inputs is None:
+            raise ConfigError(f"{self} needs the norms of the `inputs` (=None); run forward passes on calibration data")
+        if inputs.shape != weight.shape:
+            raise ConfigError(
+                f"`inputs` of shape (={tuple(inputs.shape)}) must have the shape of the weight (={tuple(weight.shape)})"
+            )
+        return _wide(weight).abs() * _wide(inputs)
 
 
 @dataclass(frozen=True)
@@ -97,13 +142,19 @@ class Random(Saliency):
     seed: int = 0
     pooling: ClassVar[Pooling] = Pooling.MEAN
 
-    def score(self, weight: Tensor, gradient: Tensor | None = None, generator: Generator | None = None) -> Tensor:
+    def score(
+        self,
+        weight: Tensor,
+        gradient: Tensor | None = None,
+        generator: Generator | None = None,
+        inputs: Tensor | None = None,
+    ) -> Tensor:
         """Draws of the weight's shape, made on the CPU."""
         source = keyed_generator(self.seed, 0, 0, "saliency") if generator is None else generator
         return random_scores(weight.shape, source).to(weight.device)
 
 
-SALIENCIES = (Magnitude, Gradient, Taylor, Random)
+SALIENCIES = (Magnitude, Gradient, Taylor, Wanda, Random)
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ class SupportUnits(Units):
 
     def collect(self, mask: Tensor) -> Tensor:
         """Shape -> [groups, positions], read at the first row of each group."""
-        return self.rows(mask)[:: self.group, :, 0]
+        return self._by_part(self.rows(mask)[..., 0])[:, :: self.group].flatten(0, 1)
 
     def rows(self, tensor: Tensor) -> Tensor:
         """Shape -> [rows, positions, elements of a position in a row], rows in the row order."""
@@ -63,28 +63,35 @@ class SupportUnits(Units):
 
     def group_sizes(self) -> Int64[Tensor, " segments"]:
         """Rows of each group (CPU)."""
-        sizes = torch.full((self.segments,), self.group)
-        sizes[-1] = self._rows - (self.segments - 1) * self.group
-        return sizes
+        sizes = torch.full((self._parts, self.segments // self._parts), self.group)
+        sizes[:, -1] -= sizes[0].sum() - self._rows // self._parts
+        return sizes.flatten()
 
     def alive_elements(self, target: float | Target) -> int:
         """Exact: k positions in every row."""
         return int(self.counts(target)[0]) * (self.numel // self.width)
 
     def grouped(self, rows: Tensor) -> Tensor:
-        """[rows, ...] -> [segments, group, ...]; rows missing in the last group hold 0."""
-        missing = self.segments * self.group - rows.shape[0]
-        padded = pad(rows, (0, 0, 0, 0, 0, missing)) if missing else rows
+        """[rows, ...] -> [segments, group, ...]; rows missing in the last group (of a part) hold 0."""
+        missing = (self.segments * self.group - rows.shape[0]) // self._parts
+        padded = pad(self._by_part(rows), (0, 0, 0, 0, 0, missing)) if missing else rows
         return padded.reshape(self.segments, self.group, *rows.shape[1:])
+
+    def _by_part(self, rows: Tensor) -> Tensor:
+        return rows.reshape(self._parts, -1, *rows.shape[1:])
+
+    @property
+    def _parts(self) -> int:
+        return self.layout.parts(self.shape)
 
     @property
     def _rows(self) -> int:
         return self.layout.matrix_shape(self.shape)[0]
 
     def from_rows(self, rows: Tensor) -> Tensor:
-        """Inverse of `rows`; rows beyond the last one are not read."""
+        """Inverse of `rows`; rows beyond the last one (of a part) are not read."""
         count, inputs, kernel = self.layout.matrix_shape(self.shape)
-        matrix = rows[:count]
+        matrix = self._by_part(rows)[:, : count // self._parts].flatten(0, 1)
         if self.row_order is not None:
             matrix = matrix[self.row_order.to(matrix.device).argsort()]
         return self.layout.from_rows(matrix.reshape(count, inputs, kernel), self.shape)
@@ -95,7 +102,8 @@ class SharedSupport(Pattern):
     """Rows in groups of `group`; all rows of a group are alive on the same k = K(F, s) positions.
 
     k is the same for every group of the weight, so the alive values form one dense array [groups, group, k] and the
-    product becomes one gather and one batched product. The last group may have fewer rows.
+    product becomes one gather and one batched product. The last group may have fewer rows. In a weight of several parts
+    (experts; q, k and v) no group has rows of two parts.
 
     Attributes:
         group: Rows of a group, G.
@@ -112,15 +120,17 @@ class SharedSupport(Pattern):
         """One segment per group of rows; `row_order` (default: natural) lists the rows, group after group."""
         sizes = tuple(int(size) for size in shape)
         rows, inputs, kernel = layout.matrix_shape(sizes)
+        parts = layout.parts(sizes)
         if row_order is not None:
-            _check_permutation(row_order, rows)
+            _check_permutation(row_order, rows, parts)
         width = inputs * kernel if self.positions is Positions.ELEMENT else inputs
-        group = min(self.group, rows)
-        return SupportUnits(sizes, math.ceil(rows / group), width, layout, group, self.positions, row_order)
+        group = min(self.group, rows // parts)
+        segments = parts * math.ceil(rows // parts / group)
+        return SupportUnits(sizes, segments, width, layout, group, self.positions, row_order)
 
     def remark(self, shape: Sequence[int], layout: Layout = LINEAR) -> str | None:
         """Names a smaller last group."""
-        rows = layout.matrix_shape(shape)[0]
+        rows = layout.matrix_shape(shape)[0] // layout.parts(shape)
         left = rows % self.group
         return f"the last group has {left} of {self.group} rows" if left and rows > self.group else None
 
@@ -138,7 +148,7 @@ class SharedSupport(Pattern):
             )
 
 
-def _check_permutation(row_order: Tensor, rows: int) -> None:
+def _check_permutation(row_order: Tensor, rows: int, parts: int) -> None:
     if row_order.dtype != torch.int64 or row_order.shape != (rows,):
         raise ConfigError(
             f"`row_order` of `dtype` (={row_order.dtype}) and `shape` (={tuple(row_order.shape)}) must be int64 of the "
@@ -146,3 +156,8 @@ def _check_permutation(row_order: Tensor, rows: int) -> None:
         )
     if not torch.equal(row_order.sort().values, torch.arange(rows, device=row_order.device)):
         raise ConfigError(f"`row_order` must list each of the {rows} rows once, as torch.randperm(rows) does")
+    owner = torch.arange(rows, device=row_order.device) // (rows // parts)
+    if not torch.equal(owner[row_order], owner):
+        raise ConfigError(
+            f"`row_order` must keep the rows of each of the {parts} parts of the weight together, in order"
+        )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fxsparse.errors import ConfigError
 from fxsparse.sparsity.counts import Target, keep_count
+from fxsparse.sparsity.layout import Layout
 from fxsparse.sparsity.top_k import order_scores
 
 
@@ -197,3 +198,51 @@ class BlockUnits(Units):
     def alive_elements(self, target: float | Target) -> int:
         """Exact when all blocks are whole; else the size of the largest blocks that could be kept."""
         return int(self.sizes[0].sort(descending=True).values[: int(self.counts(target))].sum())
+
+
+@dataclass(frozen=True)
+class PartUnits(Units):
+    """The segments of every part of a weight (of each expert, of q, k and v), part after part."""
+
+    layout: Layout
+    inner: Units
+
+    @staticmethod
+    def of(shape: tuple[int, ...], layout: Layout, inner: Units) -> PartUnits:
+        """The units of a weight whose parts have the units `inner` each."""
+        return PartUnits(shape, layout.parts(shape) * inner.segments, inner.width, layout, inner)
+
+    @property
+    def valid(self) -> Tensor | None:
+        """As in every part."""
+        found = self.inner.valid
+        return None if found is None else found.repeat(self._parts, 1)
+
+    def pool(self, scores: Tensor, pooling: Pooling = Pooling.RMS) -> Tensor:
+        """The parts' own scores."""
+        return torch.cat([self.inner.pool(part, pooling) for part in self.layout.to_parts(scores)])
+
+    def spread(self, chosen: Tensor) -> Tensor:
+        """[segments, width] -> shape."""
+        parts = [self.inner.spread(part) for part in chosen.chunk(self._parts)]
+        return self.layout.from_parts(torch.stack(parts), self.shape)
+
+    def collect(self, mask: Tensor) -> Tensor:
+        """Shape -> [segments, width]."""
+        return torch.cat([self.inner.collect(part) for part in self.layout.to_parts(mask)])
+
+    def counts(self, target: float | Target) -> Tensor:
+        """The same in every part."""
+        return self.inner.counts(self._inner_target(target)).repeat(self._parts)
+
+    def alive_elements(self, target: float | Target) -> int:
+        """The parts' sum."""
+        return self._parts * self.inner.alive_elements(self._inner_target(target))
+
+    @property
+    def _parts(self) -> int:
+        return self.segments // self.inner.segments
+
+    def _inner_target(self, target: float | Target) -> Target:
+        whole = self.target(target)
+        return Target.dense(self.inner.numel) if self.is_dense(whole) else Target.of(self.inner.numel, whole.sparsity)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
+import sys
+from functools import partial
 from typing import Any
 
 import pytest
@@ -433,6 +435,120 @@ def test_inner_hooks_still_run_on_the_copy() -> None:
     assert torch.equal(captured.module(X), model(X))
     assert len(model.features) == 1 and len(captured.module.features) == 1
     assert captured.graphs == ("net", "net.1")  # the hooked part is a leaf of the graph around it, and a graph itself
+
+
+class Scale(nn.Module):
+    """A layer of the user's: parameters and no modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.kernel
+
+
+class BranchingScale(Scale):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.kernel if x.sum() < 1e9 else x
+
+
+def test_layers_stay_nodes_so_that_later_hooks_run() -> None:
+    model = nn.Sequential(Scale(), nn.Sequential(Scale(), nn.Tanh()), BranchingScale())
+    for captured in (capture(model, (X,)), capture(model)):
+        fired: list[str] = []
+        assert captured.graphs == ("", "0", "1.0")
+        assert [refusal.path for refusal in captured.refusals] == ["2"]
+        for path in ("0", "1.0", "2"):
+            hook = partial(lambda fired, path, module, args, output: fired.append(path), fired, path)
+            captured.module.get_submodule(path).register_forward_hook(hook)
+        assert torch.equal(captured.module(X), model(X)) and fired == ["0", "1.0", "2"]
+
+
+def test_modules_that_are_alike_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, seen = sys.modules["fxsparse.graph.capture"], []
+    honest = module.trace
+    monkeypatch.setattr(module, "trace", lambda root: seen.append(root) or honest(root))
+    model = nn.Sequential(*[Scale() for _ in range(4)])
+    model[2].factor = 2  # an attribute of its own: traced on its own
+    captured = capture(model, (X,))
+    assert captured.graphs == ("", "0", "1", "2", "3") and len(seen) == 3
+    graphs = [captured.module.get_submodule(path).graph for path in ("0", "1", "3")]
+    assert len({id(graph) for graph in graphs}) == 3
+    assert torch.equal(captured.module(X), model(X))
+
+
+class ReadsGradMode(Frozen):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.backbone(x)
+        return self.head(x) if torch.is_grad_enabled() else self.head(x) * 2
+
+
+class AsksGradMode(Frozen):
+    """Reads it and does the same either way."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch.is_grad_enabled()
+        return self.head(self.backbone(x))
+
+
+def test_reads_of_the_gradient_mode_are_noticed() -> None:
+    before = torch.is_grad_enabled
+    for example in (None, (X,)):
+        captured = capture(ReadsGradMode(), example)
+        assert "" not in captured.graphs and "with and without gradients" in captured.refusals[0].reason
+        assert capture(AsksGradMode(), example).graphs == ("",)
+    assert torch.is_grad_enabled is before and "training" not in nn.Module.__dict__
+
+
+class HidesItsMode(Frozen):
+    """A class attribute in front of the flag."""
+
+    training = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.dropout(self.backbone(x), 0.5, self.training))
+
+
+def test_a_mode_that_is_read_past_the_guard_is_seen() -> None:
+    captured = capture(HidesItsMode())
+    assert captured.graphs == () and "train and eval" in captured.refusals[0].reason
+
+
+class WrongParts(nn.Module):
+    """Two of six submodules become graphs that are wrong."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([TensorTest() if i in (1, 4) else nn.Sequential(nn.Linear(6, 6)) for i in range(6)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts:
+            x = part(x) if x.sum() < 1e9 else x
+        return x
+
+
+@pytest.mark.parametrize("compare", [True, False])
+def test_wrong_graphs_are_found_among_right_ones(compare: bool) -> None:
+    model = WrongParts()
+    captured = capture(model, (X,), compare=compare)
+    assert captured.graphs == ("parts.0", "parts.2", "parts.3", "parts.5")
+    found = [refusal.path for refusal in captured.refusals if "behaves differently" in refusal.reason]
+    assert found == ["parts.1", "parts.4"]
+    assert torch.equal(captured.module(X), model(X))
+
+
+class Unsteady(Frozen):
+    count = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        Unsteady.count += 1
+        return self.head(self.backbone(x)) + Unsteady.count
+
+
+def test_a_model_that_never_repeats_itself_stays_python() -> None:
+    captured = capture(Unsteady(), (X,))
+    assert captured.graphs == () and "does not repeat itself" in captured.refusals[0].reason
 
 
 class Parts(nn.Module):

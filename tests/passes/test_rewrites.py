@@ -12,15 +12,16 @@ from fxsparse.nn import (
     SPARSE_TYPES,
     Guard,
     MaskSpec,
-    RESULinear,
+    Resurrection,
     Route,
     SparseModule,
     masked_weight,
+    masked_weights,
     masks,
     set_masks,
 )
 from fxsparse.nn import Linear as SparseLinear
-from fxsparse.passes import PASSES, FoldMasks, InsertMasks, MaskParameters, SwapModules, graphs_of
+from fxsparse.passes import PASSES, FoldMasks, InsertMasks, MaskEffective, MaskParameters, SwapModules, graphs_of
 from fxsparse.sparsity import Layout, NByM
 from fxsparse.testing import blocks
 
@@ -44,7 +45,7 @@ X = (torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(3, 4),)
 
 
 def test_passes_are_listed() -> None:
-    assert PASSES == (SwapModules, InsertMasks, MaskParameters, FoldMasks)
+    assert PASSES == (SwapModules, InsertMasks, MaskEffective, MaskParameters, FoldMasks)
 
 
 @pytest.mark.parametrize("kind", SPARSE_TYPES, ids=lambda kind: kind.__name__)
@@ -210,12 +211,10 @@ def test_fold_does_not_write_even_a_sign_into_the_input() -> None:
 
 
 def test_fold_refuses_a_resurrection_phase() -> None:
-    layer = RESULinear(4, 4)
-    mask = torch.eye(4, dtype=torch.bool)
-    layer.set_mask(mask)
-    layer.enter_resu(seed=0)
-    with pytest.raises(PassError, match="fold_masks: "):
-        FoldMasks()(nn.Sequential(layer))
+    model = nn.Sequential(SparseLinear(4, 4, mask=torch.eye(4, dtype=torch.bool)))
+    Resurrection(masked_weights(model)["0.weight"]).enter()
+    with pytest.raises(PassError, match="fold_masks: .*resurrection phase"):
+        FoldMasks()(model)
 
 
 def test_fold_replaces_a_parameter_in_the_list_of_a_recurrent_layer_too() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fxsparse.errors import ConfigError
-from fxsparse.sparsity import Gradient, Magnitude, Pooling, Random, Taylor, generator
+from fxsparse.sparsity import Gradient, Magnitude, Pooling, Random, Taylor, Wanda, generator
 
 WEIGHT = torch.tensor([[1.0, -2.0, 0.5], [0.0, 1.0, -1.0]], dtype=torch.float64)
 INPUTS = torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, -1.0]], dtype=torch.float64)
@@ -30,6 +30,8 @@ def test_golden_scores() -> None:
     taylor = Taylor().score(weight, mean)
     assert taylor.tolist() == [[0.5, 2.5, 1.125], [0, 0.5, 2.5]]
     assert taylor.sum() == 7.125
+    wanda = Wanda().score(weight, inputs=INPUTS.square().sum(0).sqrt().expand(2, 3))
+    torch.testing.assert_close(wanda, torch.tensor([[1, 2, 1.118034], [0, 1, 2.236068]]).double(), rtol=0, atol=5e-7)
     assert not taylor.requires_grad and torch.equal(weight, WEIGHT)
 
 
@@ -67,7 +69,15 @@ def test_random_scores_follow_their_key_and_leave_the_global_state_alone() -> No
 
 def test_poolings() -> None:
     assert (Magnitude().pooling, Gradient().pooling, Taylor().pooling) == (Pooling.RMS, Pooling.RMS, Pooling.MEAN)
+    assert Wanda().pooling is Pooling.RMS and Wanda().needs_inputs and not Wanda().needs_gradient
     assert Gradient().needs_gradient and Taylor().needs_gradient and not Magnitude().needs_gradient
+
+
+def test_missing_or_misshapen_input_norms_are_refused() -> None:
+    with pytest.raises(ConfigError, match="`inputs` \\(=None\\)"):
+        Wanda().score(torch.zeros(2, 3))
+    with pytest.raises(ConfigError, match="shape"):
+        Wanda().score(torch.zeros(2, 3), inputs=torch.zeros(3))
 
 
 @pytest.mark.parametrize("saliency", [Gradient(), Taylor(), Taylor(squared=True)])

@@ -1,0 +1,68 @@
+"""Writes into parameters during a run: noticed before they happen, undone afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+_WRITERS = frozenset({"__setitem__", "embedding", "_no_grad_embedding_renorm_", "__set__"})
+
+
+class ParameterWrites:
+    """Keeps the value of every parameter of `model` that a torch function is about to write into."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.storages = {storage_of(p): (name, p) for name, p in model.named_parameters() if not p.is_meta}
+        self.saved: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def notice(self, func: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        """Save what `func` may write into; call it before `func` runs."""
+        name = getattr(func, "__name__", "")
+        writes = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or name in _WRITERS
+        for tensor in _tensors(args) if writes else ():
+            found = self.storages.get(storage_of(tensor))
+            if found is not None and found[0] not in self.saved:
+                self.saved[found[0]] = (found[1], found[1].detach().clone())
+
+    def undo(self) -> tuple[str, ...]:
+        """Put the saved values back; the names of the parameters that had changed."""
+        changed = [name for name, (p, value) in self.saved.items() if not torch.equal(p.detach(), value)]
+        with torch.no_grad():
+            for name in changed:
+                parameter, value = self.saved[name]
+                parameter.data.copy_(value)
+        self.saved.clear()
+        return tuple(changed)
+
+
+class NoticingWrites(TorchFunctionMode):
+    """Runs `writes.notice` before every torch function."""
+
+    def __init__(self, writes: ParameterWrites) -> None:
+        super().__init__()
+        self.writes = writes
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.writes.notice(func, args)
+        return func(*args, **(kwargs or {}))
+
+
+def _tensors(args: tuple[Any, ...]) -> Iterator[torch.Tensor]:
+    for value in args:
+        for item in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(item, torch.Tensor) and not item.is_meta:
+                yield item
+
+
+def storage_of(tensor: torch.Tensor) -> Any:
+    """What two tensors share exactly when they see the same memory."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse and other layouts without a storage
+        return id(tensor)
