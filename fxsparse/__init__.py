@@ -35,7 +35,11 @@ if TYPE_CHECKING:
     from fxsparse.lottery import save_ticket as save_ticket
     from fxsparse.nn import masks as masks
     from fxsparse.nn import set_masks as set_masks
+    from fxsparse.passes import Verify as Verify
+    from fxsparse.planning import CompactionReport as CompactionReport
     from fxsparse.planning import Plan as Plan
+    from fxsparse.planning import compact as compact
+    from fxsparse.planning import compaction_report as compaction_report
     from fxsparse.planning import finalize as finalize
     from fxsparse.planning import plan as plan
     from fxsparse.planning import sparsity_report as sparsity_report
@@ -46,16 +50,32 @@ if TYPE_CHECKING:
     from fxsparse.sparsity import ConstantFanIn as ConstantFanIn
     from fxsparse.sparsity import Custom as Custom
     from fxsparse.sparsity import Global as Global
+    from fxsparse.sparsity import Magnitude as Magnitude
     from fxsparse.sparsity import NByM as NByM
     from fxsparse.sparsity import SharedSupport as SharedSupport
     from fxsparse.sparsity import Uniform as Uniform
     from fxsparse.sparsity import Unstructured as Unstructured
+    from fxsparse.sparsity import Wanda as Wanda
+    from fxsparse.training import ACDC as ACDC
     from fxsparse.training import GMP as GMP
+    from fxsparse.training import ITOP as ITOP
+    from fxsparse.training import MEST as MEST
+    from fxsparse.training import RESU as RESU
     from fxsparse.training import SET as SET
+    from fxsparse.training import SNFS as SNFS
+    from fxsparse.training import SNIP as SNIP
+    from fxsparse.training import GraSP as GraSP
     from fxsparse.training import Handle as Handle
+    from fxsparse.training import Initial as Initial
+    from fxsparse.training import NonFinite as NonFinite
+    from fxsparse.training import OneShot as OneShot
+    from fxsparse.training import Regroup as Regroup
     from fxsparse.training import RigL as RigL
+    from fxsparse.training import SRigL as SRigL
     from fxsparse.training import Static as Static
+    from fxsparse.training import SynFlow as SynFlow
     from fxsparse.training import attach as attach
+    from fxsparse.training import prune as prune
 
 __version__ = "0.1.0"
 
@@ -63,12 +83,27 @@ _NAMES = {
     "exporters": ("ExportReport", "Target", "export_onnx"),
     "lottery": ("Ticket", "load_ticket", "save_ticket"),
     "nn": ("masks", "set_masks"),
-    "planning": ("Plan", "plan", "transform", "finalize", "sparsity_report"),
+    "passes": ("Verify",),
+    "planning": (
+        "CompactionReport",
+        "compact",
+        "compaction_report",
+        "Plan",
+        "plan",
+        "transform",
+        "finalize",
+        "sparsity_report",
+    ),
     "sparsity": (
         *("Unstructured", "NByM", "Block", "Channel", "ConstantFanIn", "SharedSupport"),
         *("Uniform", "ERK", "Global", "Custom"),
+        *("Magnitude", "Wanda"),
     ),
-    "training": ("Static", "GMP", "SET", "RigL", "Handle", "attach"),
+    "training": (
+        *("Static", "GMP", "ACDC", "SET", "RigL", "ITOP", "SNFS", "SRigL", "MEST", "RESU"),
+        *("OneShot", "SNIP", "GraSP", "SynFlow", "prune"),
+        *("Handle", "Initial", "NonFinite", "Regroup", "attach"),
+    ),
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names}
 _PACKAGES = ("exporters", "graph", "lottery", "nn", "passes", "planning", "sparsity", "testing", "training")

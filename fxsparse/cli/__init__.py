@@ -1,4 +1,4 @@
-"""The command line: `fxsparse demo`, `imp`, `transform-report`, `show`, `export`."""
+"""The command line: `fxsparse demo`, `imp`, `transform-report`, `show`, `export`, `zoo`."""
 
 from __future__ import annotations
 

@@ -11,12 +11,14 @@ from typing import Annotated
 
 import typer
 
+from fxsparse.cli.compare import compare
 from fxsparse.cli.demo import demo
 from fxsparse.cli.errors import OTHER, exit_code, one_line
 from fxsparse.cli.export import export
 from fxsparse.cli.imp import imp
 from fxsparse.cli.show import show
 from fxsparse.cli.transform_report import transform_report
+from fxsparse.cli.zoo import zoo
 
 TRACEBACK = "FXSPARSE_TRACEBACK"
 
@@ -31,9 +33,11 @@ app = typer.Typer(
 for _name, _command in (
     ("demo", demo),
     ("imp", imp),
+    ("compare", compare),
     ("transform-report", transform_report),
     ("show", show),
     ("export", export),
+    ("zoo", zoo),
 ):
     app.command(_name)(_command)
 

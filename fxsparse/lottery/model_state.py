@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fxsparse.errors import ConfigError, TicketError
 from fxsparse.lottery.canonical import dtype_name, sha256_json
-from fxsparse.nn import masked_weights
+from fxsparse.nn import check_mask_edit, masked_weights
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,14 @@ class ModelState:
         """Read a model.
 
         Raises:
-            ConfigError: the model has extra state that is no tensor, which a ticket cannot hold.
+            ConfigError: the model has extra state that is no tensor, which a ticket cannot hold, or is in a
+                resurrection phase.
         """
         own = set()
         for masked in masked_weights(model).values():
-            own |= {id(masked.mask), id(masked.row_order)}
+            own |= {id(buffer) for buffer in masked.buffers}
+            for module, _ in masked.owners:
+                check_mask_edit(module)
         parameters = {id(parameter) for parameter in model.parameters()}
         tensors: dict[str, Tensor] = {}
         aliases: dict[str, str] = {}

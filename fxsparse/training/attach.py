@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
+import gc
 from collections.abc import Mapping
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from fxsparse.errors import ConfigError
 from fxsparse.nn import MaskedWeight, masked_weights
-from fxsparse.nn.masked import MaskOwner, check_mask
-from fxsparse.nn.slot import slots_of
-from fxsparse.sparsity.pattern import Pattern
 from fxsparse.training.distributed import check_not_sharded, unwrap
-from fxsparse.training.handle import Handle, handle_of
-from fxsparse.training.initial import initial_masks, pattern_of
+from fxsparse.training.handle import Handle, handle_of, handles
+from fxsparse.training.initial import initial_masks, pattern_of, start_from
 from fxsparse.training.optimizer_state import check_optimizer, zero_state_
 from fxsparse.training.updater import Method
 
@@ -38,8 +35,9 @@ def attach(model: nn.Module, optimizer: Optimizer, method: Method, total_steps: 
         The handle. The model has the method's initial masks and patterns now.
 
     Raises:
-        ConfigError: no masks, a masked weight that the optimizer does not hold, an optimizer that cannot follow masks,
-            a pattern or sparsity that the method or a weight excludes. Nothing has changed then.
+        ConfigError: no masks, a masked weight that the optimizer does not hold or that another handle drives, an
+            optimizer that cannot follow masks, a pattern or sparsity that the method or a weight excludes. Nothing has
+            changed then.
     """
     if not isinstance(method, Method):
         raise ConfigError(f"`method` (={method!r}) must be a fxsparse method such as RigL(sparsity=0.9)")
@@ -50,18 +48,31 @@ def attach(model: nn.Module, optimizer: Optimizer, method: Method, total_steps: 
     weights = masked_weights(unwrap(model))
     if not weights:
         raise ConfigError(f"`model` (={type(model).__name__}) has no masks; call fxsparse.transform on it first")
-    _check_free(optimizer)
+    _check_free(optimizer, weights)
     _check_held(weights, optimizer)
     timed = method.timed(total_steps)
     masks, patterns = initial_masks(timed, weights), {name: pattern_of(timed, each) for name, each in weights.items()}
-    _start_from(weights, masks, patterns, optimizer)
-    return Handle(model, optimizer, timed, total_steps)
+    start_from(weights, masks, patterns)
+    for masked in weights.values():
+        zero_state_(optimizer, masked.weight, ~masked.mask)
+    return timed.handle(model, optimizer, total_steps)
 
 
-def _check_free(optimizer: Optimizer) -> None:
+def _check_free(optimizer: Optimizer, weights: Mapping[str, MaskedWeight]) -> None:
     handle = handle_of(optimizer)
     if handle is not None:
         raise ConfigError(f"`optimizer` (={type(optimizer).__name__}) drives {handle} already; detach() it first")
+    if _driver(weights) is not None:
+        gc.collect()  # handle and optimizer hold each other, so those that were dropped may linger
+    if (found := _driver(weights)) is not None:
+        raise ConfigError(f"`{found[0]}` is driven by {found[1]} already, through another optimizer; detach() it first")
+
+
+def _driver(weights: Mapping[str, MaskedWeight]) -> tuple[str, Handle] | None:
+    every = handles()
+    return next(
+        ((n, handle) for n, masked in weights.items() for handle in every if handle.drives(masked.weight)), None
+    )
 
 
 def _check_held(weights: Mapping[str, MaskedWeight], optimizer: Optimizer) -> None:
@@ -72,24 +83,3 @@ def _check_held(weights: Mapping[str, MaskedWeight], optimizer: Optimizer) -> No
                 f"`optimizer` (={type(optimizer).__name__}) does not hold `{name}`; build it from the parameters of "
                 "this very model (transform copies a model unless inplace=True), or exclude the weight from the masks"
             )
-
-
-def _start_from(
-    weights: Mapping[str, MaskedWeight],
-    masks: Mapping[str, Tensor],
-    patterns: Mapping[str, Pattern],
-    optimizer: Optimizer,
-) -> None:
-    """Give every weight its pattern and mask, after all of them are known to fit."""
-    for name, masked in weights.items():
-        spec = dataclasses.replace(masked.spec, pattern=patterns[name])
-        check_mask(name, masked.weight, spec, masks[name], masked.row_order)
-        for module, _ in masked.owners:
-            if isinstance(module, MaskOwner):
-                module.check_mask_edit()
-    for name, masked in weights.items():
-        for module, attribute in masked.owners:
-            slot = slots_of(module)[attribute]
-            slot.spec = dataclasses.replace(slot.spec, pattern=patterns[name])
-        masked.set_mask_(masks[name])
-        zero_state_(optimizer, masked.weight, ~masked.mask)

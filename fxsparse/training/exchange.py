@@ -37,7 +37,7 @@ def exchange(
         drop: Scores of the units, the lowest are dropped first.
         grow: Scores of the units, the highest are grown first.
         fraction: Drop fraction f in [0, 1].
-        dropped: k over the whole weight, where it is not n(f, A).
+        dropped: k where it is not n(f, A): over the whole weight, in each group of a `SharedSupport`.
         target: Units that each segment must have afterwards; as many as before by default.
         regrow_dropped: Whether a unit may be dropped and grown in the same exchange; otherwise k is at most the
             number of dead units.
@@ -64,22 +64,35 @@ def _losses(
 ) -> Tensor:
     """Units that each segment drops, int64 [segments]."""
     had, room = alive.sum(1), dead.sum(1)
-    if isinstance(units, SupportUnits):
-        lost = torch.tensor([fraction_count(fraction, count) for count in had.tolist()], device=alive.device)
+    if not of_weight(units):
+        counts = [fraction_count(fraction, n) if dropped is None else min(dropped, n) for n in had.tolist()]
+        lost = torch.tensor(counts, device=alive.device)
     else:
         total = int(had.sum())
         k = fraction_count(fraction, total) if dropped is None else dropped
         k = k if regrow else min(k, int(room.sum()))
-        lost = had - _keep_over_weight(units, alive, drop, total - k).sum(1)
+        lost = had - best_over_weight(units, alive, drop, total - k).sum(1)
     return lost if regrow else torch.minimum(lost, room)
 
 
-def _keep_over_weight(units: Units, alive: Tensor, drop: Tensor, count: int) -> Tensor:
-    """The best alive units of the weight; ties go to the lower flat index of the weight, not of the unit matrix."""
+def of_weight(units: Units) -> bool:
+    """Whether units are dropped over the whole weight, not in each segment (a group of a shared support) for itself."""
+    return not isinstance(units, SupportUnits)
+
+
+def best_over_weight(
+    units: Units, candidates: Bool[Tensor, "segments width"], scores: Shaped[Tensor, "segments width"], count: int
+) -> Bool[Tensor, "segments width"]:
+    """The best candidates of the weight; ties go to the lower flat index of the weight, not of the unit matrix.
+
+    Raises:
+        ConfigError: there are fewer candidates than `count`.
+        DataError: a score is NaN.
+    """
     if not isinstance(units, (GroupUnits, RowUnits)):
-        return top_k(drop, count, alive)
-    flat = units.pool(torch.arange(units.numel, device=drop.device).reshape(units.shape)).flatten()
+        return top_k(scores, count, candidates)
+    flat = units.pool(torch.arange(units.numel, device=scores.device).reshape(units.shape)).flatten()
     order = flat.argsort(stable=True)
-    keep = torch.zeros_like(alive).flatten()
-    keep[order] = top_k(drop.flatten()[order], count, alive.flatten()[order])
-    return keep.reshape(alive.shape)
+    best = torch.zeros_like(candidates).flatten()
+    best[order] = top_k(scores.flatten()[order], count, candidates.flatten()[order])
+    return best.reshape(candidates.shape)

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from fxsparse.nn import DenseGradients, Guard, MaskedWeight
+from fxsparse.nn import DenseGradients, MaskedWeight
 
 
 class GradientWindow:
@@ -57,12 +57,12 @@ class _Tap:
         parameter = self.weight.weight
         if not parameter.requires_grad:
             return
-        if self.weight.spec.guard is Guard.FORWARD:  # else the parameter's own gradient is G
+        if self.weight.spec.hides_gradient:  # else the parameter's own gradient is G
             self._hidden = DenseGradients([self.weight.mask])
             self._hidden.start()
         self._hooks = [
-            parameter.register_hook(_weakly(self.arrive)),  # type: ignore[no-untyped-call]  # torch
-            parameter.register_post_accumulate_grad_hook(_weakly(self.settle)),  # type: ignore[no-untyped-call]  # torch
+            parameter.register_hook(weakly(self.arrive)),  # type: ignore[no-untyped-call]  # torch
+            parameter.register_post_accumulate_grad_hook(weakly(self.settle)),  # type: ignore[no-untyped-call]  # torch
         ]
 
     def close(self) -> None:
@@ -99,7 +99,32 @@ class _Tap:
         return not present.is_sparse and not bool(present.any())
 
 
-def _weakly(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+def step_factors(
+    gradients: Mapping[str, Tensor | None], given: Mapping[str, Tensor | None], masks: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """By what loss scaling and clipping changed each weight's gradient, read at its largest alive entry.
+
+    A weight without any alive gradient has the factor of the largest entry of all weights, 1 where there is none.
+
+    Args:
+        gradients: G by name, as backward passes left it.
+        given: What the optimizer was given.
+        masks: Alive entries.
+    """
+    found: dict[str, tuple[float, float]] = {}
+    for name, gradient in gradients.items():
+        own = given[name]
+        if gradient is not None and own is not None and gradient.numel():
+            largest = (gradient * masks[name]).abs().argmax()
+            before = gradient.flatten()[largest]
+            if bool(before) and bool(masks[name].flatten()[largest]):
+                after = own.to_dense() if own.is_sparse else own
+                found[name] = (float(before.abs()), float(after.flatten()[largest] / before))
+    common = max(found.values(), default=(0.0, 1.0))[1]
+    return {name: found.get(name, (0.0, common))[1] for name in gradients}
+
+
+def weakly(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
     """A hook that keeps nothing alive: torch's hooks are hidden from the garbage collector, so a cycle would stay."""
     reference = weakref.WeakMethod(method)
 

@@ -64,8 +64,8 @@ class MeanUniform(GrownValue):
     """U(-a, a) for a = the mean of |w| over the weights alive before the update, drawn on the CPU."""
 
     def values(self, state: WeightState, new: Tensor) -> Tensor:
-        """Uniform draws."""
-        bound = state.weight[state.mask].double().abs().mean()
+        """Uniform draws; zeros in a weight that was dead as a whole."""
+        bound = state.weight[state.mask].double().abs().mean().nan_to_num()
         drawn = torch.rand(state.weight.shape, dtype=torch.float64, generator=state.generator("grown"), device="cpu")
         return ((2 * drawn - 1).to(bound.device) * bound).to(state.weight)
 
@@ -89,10 +89,4 @@ class NegativeGradient(GrownValue):
         """Scaled gradients."""
         if state.gradient is None:
             raise ConfigError(f"{self} needs the gradient of `{state.name}`; use it with a method that collects it")
-        factor: Tensor | float = 1.0
-        given = state.step_gradient
-        if given is not None:
-            largest = (state.gradient * state.mask).abs().argmax()
-            own = state.gradient.flatten()[largest]
-            factor = given.flatten()[largest] / own if own != 0 else 1.0
-        return (-self.gamma * factor * state.gradient).to(state.weight)
+        return (-self.gamma * state.factor * state.gradient).to(state.weight)

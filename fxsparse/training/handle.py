@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,17 +13,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from fxsparse.errors import ConfigError, DataError
+from fxsparse.errors import ConfigError, DataError, FxSparseError
 from fxsparse.nn import MaskedWeight, masked_weights
+from fxsparse.sparsity.counts import Target
 from fxsparse.sparsity.mask import Mask
-from fxsparse.training.distributed import average, check_equal_masks, masks_digest, process_group, unwrap
-from fxsparse.training.gradients import GradientWindow
-from fxsparse.training.optimizer_state import reset_state_, zero_state_
-from fxsparse.training.records import UpdateRecord, UpdateReport
+from fxsparse.training.distributed import check_equal_masks, masks_digest, process_group, unwrap
+from fxsparse.training.gradients import GradientWindow, step_factors
+from fxsparse.training.held import Held
+from fxsparse.training.initial import targets_of
+from fxsparse.training.optimizer_state import reset_state_
+from fxsparse.training.records import Coverage, UpdateRecord, UpdateReport
 from fxsparse.training.state import WeightState
+from fxsparse.training.step_hooks import StepHooks
 from fxsparse.training.updater import Method
-
-Gradients = dict[str, Tensor | None]
 
 _HANDLES: weakref.WeakKeyDictionary[Optimizer, weakref.ref[Handle]] = weakref.WeakKeyDictionary()
 
@@ -35,7 +37,13 @@ def handle_of(optimizer: Optimizer) -> Handle | None:
     return handle if handle is not None and handle.attached else None
 
 
-class Handle:
+def handles() -> list[Handle]:
+    """The handles that drive some optimizer now."""
+    found = (handle_of(optimizer) for optimizer in list(_HANDLES.keys()))
+    return [handle for handle in found if handle is not None]
+
+
+class Handle(StepHooks):
     """What `attach` returns: it counts optimizer steps, keeps dead weights zero and updates the masks.
 
     deepcopy and pickle take model, optimizer and handle along; copied together with them, `deepcopy((model, optimizer,
@@ -54,17 +62,20 @@ class Handle:
         self.model, self.optimizer, self.method, self.total_steps = model, optimizer, method, total_steps
         self.step = self.updates = 0
         self._records: list[UpdateRecord] = []
+        self._memory: dict[str, Mapping[str, Tensor]] = {}
         self._followers: list[nn.Module] = []
         self._warned = False
         self._expected: int | None = None  # digest of the masks that belong to a loaded state
         self._hooks: list[RemovableHandle] = []
         self._clear()
         self._start()
+        self._targets = targets_of(method, self._weights)
+        self._coverage = Coverage()
+        self._coverage.see(self._masks())
 
-    @property
-    def attached(self) -> bool:
-        """Whether optimizer steps still drive the masks."""
-        return bool(self._hooks)
+    def drives(self, parameter: nn.Parameter) -> bool:
+        """Whether this very parameter is one of the masked weights."""
+        return any(weight.weight is parameter for weight in self._weights.values())
 
     def detach(self) -> None:
         """Stop: the masks stay as they are, dead weights stay zero as long as nothing writes them."""
@@ -95,18 +106,21 @@ class Handle:
         self._lead()
 
     def report(self) -> UpdateReport:
-        """What every update did to every weight; `print` shows a table of the updates."""
-        return UpdateReport(tuple(self._records))
+        """What every update did to every weight, and how much of the weights was ever alive; `print` shows a table."""
+        return UpdateReport(tuple(self._records), self._coverage.rows())
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the model's and the optimizer's `state_dict` do not hold; loads with `weights_only=True`."""
         return {
-            "version": 1,
+            "version": 2,
             "method": repr(self.method),
             "step": self.step,
             "updates": self.updates,
             "masks": masks_digest(self._masks()),
             "records": [dataclasses.astuple(record) for record in self._records],
+            "explored": self._coverage.state_dict(),
+            "memory": {name: {key: kept.clone() for key, kept in each.items()} for name, each in self._memory.items()},
+            "targets": {n: None if t is None else [t.sparsity, t.alive] for n, t in self._targets.items()},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -118,19 +132,26 @@ class Handle:
         missing = sorted(self.state_dict().keys() - state_dict.keys())
         if missing:
             raise ConfigError(f"`state_dict` lacks {', '.join(missing)}; give it what Handle.state_dict() returned")
-        if state_dict["version"] != 1 or state_dict["method"] != repr(self.method):
+        if state_dict["version"] != 2 or state_dict["method"] != repr(self.method):
             raise ConfigError(
                 f"`state_dict` (={state_dict['method']}, version {state_dict['version']}) is not of this handle "
-                f"(={self.method!r}, version 1); attach with the same method and total_steps"
+                f"(={self.method!r}, version 2); attach with the same method and total_steps"
             )
         self.step, self.updates = state_dict["step"], state_dict["updates"]
         self._records = [UpdateRecord(*record) for record in state_dict["records"]]
         self._expected = state_dict["masks"]
+        self._coverage.load_state_dict(state_dict["explored"])
+        values = self._values()
+        self._memory = {
+            name: {key: kept.to(values[name].device, copy=True) for key, kept in each.items()}
+            for name, each in state_dict["memory"].items()
+        }
+        self._targets = {n: None if t is None else Target(*t) for n, t in state_dict["targets"].items()}
         self._clear()
         self._watch()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"_hooks", "_weights", "_window", "_gradients", "_aside", "_masks_due", "_skipped"}
+        own = {"_hooks", "_weights", "_held", "_window", "_gradients", "_aside", "_masks_due", "_watched", "_skipped"}
         return {**{key: value for key, value in self.__dict__.items() if key not in own}, "attached": self.attached}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -143,13 +164,9 @@ class Handle:
     def __repr__(self) -> str:
         return f"Handle({self.method!r}, step={self.step}, updates={self.updates}, attached={self.attached})"
 
-    def _clear(self) -> None:
-        self._gradients: Gradients = {}
-        self._aside: list[tuple[nn.Parameter, Tensor]] = []
-        self._masks_due = self._skipped = False
-
     def _start(self, attached: bool = True) -> None:
         self._weights: dict[str, MaskedWeight] = masked_weights(unwrap(self.model))
+        self._held = Held.of(self.model, self._weights)
         self._window = GradientWindow(self._weights)
         if attached:
             self._hooks = [
@@ -159,113 +176,49 @@ class Handle:
             _HANDLES[self.optimizer] = weakref.ref(self)
             self._watch()
 
-    def _masks(self) -> dict[str, Tensor]:
-        return {name: weight.mask for name, weight in self._weights.items()}
-
-    def _watch(self) -> None:
-        """Collect gradients on the way to the next step where that is a step that needs them."""
-        self._window.close()
-        if self.attached and self.method.needs_gradient and self.method.update_due(self.step + 1):
-            self._window.open()
-
-    def _before_step(
-        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        self._restore()
-        self._clear()
-        overflow = getattr(optimizer, "found_inf", None)  # a GradScaler lets fused optimizers skip the step themselves
-        self._skipped = overflow is not None and bool(overflow)
-        if self._skipped:
-            return None
-        self._check_loaded()
-        self._masks_due = self.method.update_due(self.step + 1)
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
-            self._prepare()
-            return None
-        if "closure" in kwargs:
-            return args, {**kwargs, "closure": self._prepared(closure)}
-        return (args[0], self._prepared(closure), *args[2:]), kwargs
-
-    def _prepared(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        first = True
-
-        def run() -> Any:
-            nonlocal first
-            loss = closure()
-            if first:
-                self._prepare()
-            elif self._aside:
-                self._set_aside()
-            first = False
-            return loss
-
-        return run
-
-    @torch.no_grad()
-    def _prepare(self) -> None:
-        """With the gradients of the step at hand: mask them, read G, put them aside where the step is left out."""
-        for weight in self._weights.values():
-            gradient = weight.weight.grad
-            if gradient is not None and not gradient.is_sparse:
-                gradient.masked_fill_(~weight.mask, 0)
-        if not self._masks_due:
+    def _look(self) -> None:
+        """Let the method remember what it watched, and update the masks where that is due."""
+        if not (self._watched or self._masks_due):
             return
-        if self.method.needs_gradient:
-            self._gradients = average(self._window.read(), self._values(), process_group(self.model))
-            self._check_collected()
-        if not all(bool(each.isfinite().all()) for each in self._gradients.values() if each is not None):
-            warnings.warn(
-                f"non-finite gradient at step {self.step + 1}: neither weights nor masks change; the mask update waits "
-                "for a finite one",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-            self._skipped = True
-        if self._skipped or self.method.replaces_step:
-            self._set_aside()
+        self.updates += self._masks_due
+        try:
+            states = self._states()
+            if self._watched:
+                for i, state in enumerate(states):
+                    if state.gradient is not None:
+                        self._memory[state.name] = memory = self.method.remember(state)
+                        states[i] = dataclasses.replace(state, memory=memory)
+            masks = self._exchanged(states) if self._masks_due else {}
+        except FxSparseError:
+            self.updates -= self._masks_due  # no mask has changed
+            raise
+        if self._masks_due:
+            self._update(states, masks)
 
-    def _check_collected(self) -> None:
-        if all(gradient is None for gradient in self._gradients.values()):
-            raise ConfigError(
-                f"no gradient was seen before step {self.step + 1}, which updates the masks; run forward and "
-                "`loss.backward()` between two optimizer steps"
-            )
+    def _exchanged(self, states: list[WeightState]) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """The new mask and row order of every weight; nothing is changed."""
+        for state in states:
+            if bad := int((~state.weight[state.mask].isfinite()).sum()):
+                raise DataError(
+                    f"mask update of `{state.name}` at step {self.step}: the weight holds NaN or Inf (={bad} values); "
+                    "the training has diverged: go back to a checkpoint and lower the learning rate"
+                )
+        grouped = [self.method.regrouped(state) for state in states]
+        blind = {state.name for state in grouped if state.gradient is None and self.method.needs_gradient}
+        masks = self.method.update([state for state in grouped if state.name not in blind])
+        return {
+            state.name: (masks.get(state.name, state.mask), state.row_order)
+            for state in grouped
+            if state.name not in blind
+        }
 
-    def _set_aside(self) -> None:
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._aside.append((parameter, parameter.grad))
-                    parameter.grad = None
-
-    def _restore(self) -> None:
-        for parameter, gradient in self._aside:
-            parameter.grad = gradient
-        self._aside = []
-
-    @torch.no_grad()
-    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._restore()
-        if not self._skipped:
-            self.step += 1
-            for weight in self._weights.values():
-                weight.apply_()
-                zero_state_(optimizer, weight.weight, ~weight.mask)
-            if self._masks_due:
-                self._update()
-        self._clear()
-        self._watch()
-
-    def _update(self) -> None:
-        """One exchange of every weight, after the optimizer step."""
-        self.updates += 1
-        states = [self._state(index, name) for index, name in enumerate(self._weights)]
-        known = [state for state in states if state.gradient is not None or not self.method.needs_gradient]
-        masks = self.method.update(known)
+    def _update(self, states: list[WeightState], masks: Mapping[str, tuple[Tensor, Tensor | None]]) -> None:
+        """Write one exchange of every weight, after the optimizer step."""
         whole: set[str] = set()
         for state in states:
-            whole.update(self._change(state, masks.get(state.name, state.mask)))
+            mask, row_order = masks.get(state.name, (state.mask, None))
+            whole.update(self._change(state, mask, None if row_order is state.row_order else row_order))
+        self._coverage.see(self._masks())
         self._lead()
         check_equal_masks(self._masks(), self.step, process_group(self.model))
         if whole and not self._warned:
@@ -274,47 +227,56 @@ class Handle:
                 f"{type(self.optimizer).__name__} keeps state of another shape than the weights "
                 f"({', '.join(sorted(whole))}); mask updates reset it as a whole",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
 
-    def _state(self, index: int, name: str) -> WeightState:
-        weight = self._weights[name]
-        return WeightState(
-            name=name,
-            index=index,
-            step=self.step,
-            update=self.updates,
-            seed=self.method.seed,
-            weight=weight.weight.detach(),
-            mask=weight.mask,
-            pattern=weight.spec.pattern,
-            layout=weight.spec.layout,
-            row_order=weight.row_order,
-            gradient=self._gradients.get(name),
-            step_gradient=weight.weight.grad,
-        )
+    def _states(self) -> list[WeightState]:
+        """Every weight as the method sees it now, in the model's order."""
+        groups = {id(each): group for group in self.optimizer.param_groups for each in group["params"]}
+        given = {name: self._weights[name].weight.grad for name in self._gradients}
+        factors = step_factors(self._gradients, given, self._masks())
+        return [
+            WeightState(
+                name=name,
+                index=index,
+                step=self.step,
+                update=self.updates,
+                seed=self.method.seed,
+                weight=weight.weight.detach(),
+                mask=weight.mask,
+                pattern=weight.spec.pattern,
+                layout=weight.spec.layout,
+                row_order=weight.row_order,
+                gradient=self._gradients.get(name),
+                step_gradient=weight.weight.grad,
+                factor=factors.get(name, 1.0),
+                memory=self._memory.get(name, {}),
+                explored=self._coverage.of(name, weight.mask),
+                target=self._targets[name],
+                options={k: v for k, v in groups[id(weight.weight)].items() if k != "params"},
+                last=index == len(self._weights) - 1,
+            )
+            for index, (name, weight) in enumerate(self._weights.items())
+        ]
 
-    def _change(self, state: WeightState, mask: Tensor) -> list[str]:
+    def _change(self, state: WeightState, mask: Tensor, row_order: Tensor | None = None) -> list[str]:
         """Write one mask, the values of grown weights and the optimizer state; the state that was reset as a whole."""
         weight, before = self._weights[state.name], state.mask.clone()
         self._records.append(UpdateRecord.of(self.step, state.name, Mask(before), Mask(mask)))
         changed, new = before ^ mask, mask & ~before
-        if not bool(changed.any()):
+        if row_order is None and not bool(changed.any()):
             return []
         values = self.method.grown.values(dataclasses.replace(state, mask=before), new)
-        weight.set_mask_(mask)
+        weight.set_mask_(mask, row_order)
         weight.weight.copy_(torch.where(new, values, weight.weight))
         return reset_state_(self.optimizer, weight.weight, changed)
 
     def _lead(self) -> None:
         for follower in self._followers:
             for name, copy in masked_weights(unwrap(follower)).items():
-                copy.set_mask_(self._weights[name].mask)
+                copy.set_mask_(self._weights[name].mask, self._weights[name].row_order)
 
     def _check_loaded(self) -> None:
         if self._expected is not None and self._expected != masks_digest(self._masks()):
             raise DataError("the model's masks are not those of the loaded state; load the model's state_dict as well")
         self._expected = None
-
-    def _values(self) -> dict[str, Tensor]:
-        return {name: weight.weight.detach() for name, weight in self._weights.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool
@@ -11,9 +11,11 @@ from torch import Tensor
 
 from fxsparse.errors import ConfigError
 from fxsparse.nn import MaskedWeight
+from fxsparse.nn.masked import check_mask, check_mask_edit
+from fxsparse.nn.slot import slots_of
 from fxsparse.sparsity.build import random_masks
 from fxsparse.sparsity.counts import keep_count
-from fxsparse.sparsity.distribution import Target, WeightSpec
+from fxsparse.sparsity.distribution import Global, Target, WeightSpec
 from fxsparse.sparsity.pattern import Pattern
 from fxsparse.sparsity.random import generator
 from fxsparse.sparsity.saliency import Random, Saliency
@@ -69,6 +71,8 @@ def initial_masks(method: Method, weights: Mapping[str, MaskedWeight]) -> dict[s
     if isinstance(method.initial, Initial) and (sparse or method.initial is Initial.KEEP):
         if method.initial is Initial.AUTO and not method.any_start:
             _check_sparsity(method, own)
+        if not method.grows:
+            _check_not_below(method, own)
         for weight in own.values():
             _check_pattern(weight)
         return {name: masked.mask.clone() for name, masked in weights.items()}
@@ -116,6 +120,35 @@ def _check_sparsity(method: Method, weights: Mapping[str, _Weight]) -> None:
         )
 
 
+def _check_not_below(method: Method, weights: Mapping[str, _Weight]) -> None:
+    numel = sum(weight.spec.numel for weight in weights.values())
+    alive = sum(int(weight.masked.mask.sum()) for weight in weights.values())
+    wanted = min(keep_count(numel, method.sparsity), sum(target.alive for target in _targets(method, weights).values()))
+    if wanted - alive > _SAME_DENSITY * numel:
+        raise ConfigError(
+            f"`sparsity` (={method.sparsity}) is below that of the model's masks (={1 - alive / numel:.4f}), and "
+            f"{type(method).__name__} never grows; ask for a higher sparsity, use a method that grows such as RigL, or "
+            "give `initial` a saliency to draw new masks"
+        )
+
+
+def targets_of(method: Method, weights: Mapping[str, MaskedWeight]) -> dict[str, Target | None]:
+    """What each weight is meant to keep from the attached model on; None for a weight that is dead as a whole.
+
+    The distribution's share; the present count where the model keeps its masks as they are, or where the share came
+    from scores.
+    """
+    if method.initial is Initial.KEEP or isinstance(method.distribution, Global):
+        counts = {name: int(masked.mask.sum()) for name, masked in weights.items()}
+        sizes = {name: masked.mask.numel() for name, masked in weights.items()}
+        return {name: Target(1 - n / sizes[name], n) if n else None for name, n in counts.items()}
+    specs = [
+        WeightSpec(name, tuple(masked.weight.shape), masked.spec.layout, masked.spec.pattern)
+        for name, masked in weights.items()
+    ]
+    return dict(method.distribution.targets(specs, method.sparsity))
+
+
 def _targets(method: Method, weights: Mapping[str, _Weight]) -> dict[str, Target]:
     specs = [weight.spec for weight in weights.values()]
     scores = {name: torch.where(w.masked.mask, w.masked.weight.detach().abs(), 0.0) for name, w in weights.items()}
@@ -129,3 +162,28 @@ def _check_pattern(weight: _Weight) -> None:
         weight.spec.pattern.check(weight.masked.mask, weight.spec.layout, weight.row_order)
     except ConfigError as error:
         raise ConfigError(f"`{weight.spec.name}`: {error}; give `initial` a saliency to draw new masks") from error
+
+
+def start_from(
+    weights: Mapping[str, MaskedWeight],
+    masks: Mapping[str, Bool[Tensor, "*shape"]],
+    patterns: Mapping[str, Pattern],
+    row_orders: Mapping[str, Tensor | None] | None = None,
+) -> None:
+    """Give every weight its pattern, mask and (where it changes) row order, after all of them are known to fit.
+
+    Raises:
+        ConfigError: one does not fit, or a module is in a resurrection phase. Nothing has changed then.
+    """
+    orders = row_orders or {}
+    for name, masked in weights.items():
+        spec = replace(masked.spec, pattern=patterns[name])
+        order = orders.get(name)
+        check_mask(name, masked.weight, spec, masks[name], masked.row_order if order is None else order)
+        for module, _ in masked.owners:
+            check_mask_edit(module)
+    for name, masked in weights.items():
+        for module, attribute in masked.owners:
+            slot = slots_of(module)[attribute]
+            slot.spec = replace(slot.spec, pattern=patterns[name])
+        masked.set_mask_(masks[name], orders.get(name))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from fxsparse.sparsity.mask import Mask
 
@@ -40,14 +44,64 @@ class UpdateRecord:
 
 
 @dataclass(frozen=True)
+class Explored:
+    """One weight that is or was sparse: how many of its elements were ever alive, the initial mask included."""
+
+    name: str
+    explored: int
+    numel: int
+
+
+class Coverage:
+    """The union over time of every mask, for weights that were sparse at any time."""
+
+    def __init__(self) -> None:
+        self._ever: dict[str, Tensor] = {}
+        self._begun = False
+
+    def see(self, masks: Mapping[str, Bool[Tensor, "*shape"]]) -> None:
+        """Add the masks of now; a weight that was dense until now has explored all of its elements."""
+        for name, mask in masks.items():
+            if name in self._ever:
+                self._ever[name] = self._ever[name].to(mask.device) | mask
+            elif not bool(mask.all()):
+                self._ever[name] = torch.ones_like(mask) if self._begun else mask.clone()
+        self._begun = True
+
+    def of(self, name: str, mask: Tensor) -> Bool[Tensor, "*shape"]:
+        """Which elements of a weight were ever alive."""
+        return self._ever.get(name, mask)
+
+    def rows(self) -> tuple[Explored, ...]:
+        """One row per weight that is or was sparse."""
+        return tuple(Explored(name, int(ever.sum()), ever.numel()) for name, ever in self._ever.items())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The unions, by name."""
+        return {name: ever.clone() for name, ever in self._ever.items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Set the unions."""
+        self._ever = {name: ever.clone() for name, ever in state_dict.items()}
+
+
+@dataclass(frozen=True)
 class UpdateReport:
     """All mask updates of a training; `print` shows one line per update over all weights.
 
     Attributes:
         rows: One record per update and weight, in order.
+        weights: How much of each weight was ever alive; weights that were always dense are left out.
     """
 
     rows: tuple[UpdateRecord, ...]
+    weights: tuple[Explored, ...] = ()
+
+    @property
+    def explored(self) -> float:
+        """R_s in [0, 1]: the part of all weights that was ever alive (arXiv 2102.02887)."""
+        numel = sum(weight.numel for weight in self.weights)
+        return sum(weight.explored for weight in self.weights) / numel if numel else 1.0
 
     def updates(self) -> tuple[UpdateRecord, ...]:
         """The rows of each update summed over its weights, under the name "all"."""
@@ -76,4 +130,4 @@ class UpdateReport:
             f"{row.step:>8} {row.dropped:>10} {row.grown:>10} {row.alive:>12} {row.density:>9.4f}"
             for row in self.updates()
         ]
-        return "\n".join([head, *lines])
+        return "\n".join([head, *lines, f"explored (R_s) {self.explored:.4f}"])

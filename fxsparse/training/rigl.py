@@ -1,4 +1,4 @@
-"""RigL: SET that grows where the gradient is largest."""
+"""RigL: drop the smallest weights, grow where the gradient is largest."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 from fxsparse.sparsity.saliency import Gradient
 from fxsparse.sparsity.schedule import DropKind
-from fxsparse.training.set import SET
+from fxsparse.training.drop_grow import DropGrow
 from fxsparse.training.state import WeightState
 from fxsparse.training.updater import resolved_end
 
 
 @dataclass(frozen=True)
-class RigL(SET):
+class RigL(DropGrow):
     """RigL (Evci et al., arXiv 1911.11134): grows by |G|, the gradient of the whole batch.
 
     Attributes:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
+from fxsparse.sparsity.counts import Target
+from fxsparse.sparsity.distribution import WeightSpec
 from fxsparse.sparsity.layout import Layout
 from fxsparse.sparsity.pattern import Pattern
 from fxsparse.sparsity.random import generator, random_scores
 from fxsparse.sparsity.saliency import Saliency
-from fxsparse.sparsity.units import Units
+from fxsparse.sparsity.units import Pooling, Units
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +38,14 @@ class WeightState:
         gradient: G = dL/dW for every position, dead ones included, averaged over ranks and unclipped; None where the
             method does not ask for it.
         step_gradient: What the optimizer was given: masked, unscaled, clipped.
+        factor: By what loss scaling and clipping changed the alive gradients of this step: `factor * gradient` is the
+            dense form of `step_gradient`.
+        inputs: Norms of the inputs that each element multiplies, where calibration data gave them.
+        memory: What the method's `remember` returned after the last step, by name.
+        explored: Which elements were ever alive, or None where nobody counts.
+        target: What the weight was meant to keep when the method was attached.
+        options: The optimizer's settings for this weight (`lr`, `momentum`, `betas`, ...).
+        last: Whether it is the last masked weight of the model.
     """
 
     name: str
@@ -48,6 +60,18 @@ class WeightState:
     row_order: Tensor | None = None
     gradient: Float[Tensor, "*shape"] | None = None
     step_gradient: Float[Tensor, "*shape"] | None = None
+    factor: float = 1.0
+    inputs: Float[Tensor, "*shape"] | None = None
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
+    explored: Bool[Tensor, "*shape"] | None = None
+    target: Target | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    last: bool = False
+
+    @property
+    def spec(self) -> WeightSpec:
+        """The weight as distributions see it."""
+        return WeightSpec(self.name, tuple(self.weight.shape), self.layout, self.pattern)
 
     @cached_property
     def units(self) -> Units:
@@ -63,14 +87,19 @@ class WeightState:
         """The saliency of every unit.
 
         Raises:
-            ConfigError: the saliency needs a gradient and the method did not ask for one.
+            ConfigError: the saliency needs a gradient or input norms that nobody collected.
             DataError: a score is NaN.
         """
         return self.units.pool(self.element_scores(saliency), saliency.pooling)
 
     def element_scores(self, saliency: Saliency) -> Shaped[Tensor, "*shape"]:
         """The saliency of every element."""
-        return saliency.score(self.weight, self.gradient, self.generator("saliency"))
+        inputs = {"inputs": self.inputs} if saliency.needs_inputs else {}
+        return saliency.score(self.weight, self.gradient, self.generator("saliency"), **inputs)
+
+    def pooled(self, scores: Shaped[Tensor, "*shape"], pooling: Pooling = Pooling.RMS) -> Shaped[Tensor, "segments u"]:
+        """The score of every unit from scores of elements."""
+        return self.units.pool(scores, pooling)
 
     def draws(self, purpose: str) -> Float[Tensor, "segments width"]:
         """Float64 draws of U(0, 1) for every unit; their top-k is a random k-subset."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from jaxtyping import Bool, Shaped
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from fxsparse.errors import ConfigError, DataError
 from fxsparse.sparsity.counts import check_sparsity
@@ -17,9 +18,22 @@ from fxsparse.sparsity.pattern import Pattern
 from fxsparse.sparsity.saliency import Magnitude, Random, Saliency
 from fxsparse.training.exchange import exchange
 from fxsparse.training.grown import GrownValue, Zero
+from fxsparse.training.regroup import Regroup
 from fxsparse.training.state import WeightState
 
+if TYPE_CHECKING:
+    from fxsparse.training.handle import Handle
+
 NEVER = 2**62  # a step that no training reaches
+
+
+class NonFinite(enum.Enum):
+    """What becomes of a step in which a gradient that a method reads is NaN or infinite."""
+
+    SKIP = "skip"
+    """Neither weights nor masks change, with a warning; the step does not count, so the mask update waits."""
+    RAISE = "raise"
+    """DataError before anything has changed; the message names the weights."""
 
 
 class Initial(enum.Enum):
@@ -44,6 +58,9 @@ class Method:
         distribution: How the sparsity is shared among the weights.
         seed: Seed of all draws; global random state is never touched.
         initial: A saliency to draw new masks by, or what becomes of those there are.
+        non_finite: What becomes of a step whose gradient is NaN or infinite where the method reads it. Weights that are
+            not finite at a mask update always raise a DataError.
+        regroup: How the rows of `SharedSupport` weights are put into groups anew at mask updates; None = never.
 
     Raises:
         ConfigError: the sparsity is outside [0, 1), or an option of the wrong kind.
@@ -54,9 +71,13 @@ class Method:
     distribution: Distribution = field(default_factory=ERK)
     seed: int = 0
     initial: Saliency | Initial = Initial.AUTO
+    non_finite: NonFinite = field(default=NonFinite.SKIP, kw_only=True)
+    regroup: Regroup | None = field(default=None, kw_only=True)
 
     any_start: ClassVar[bool] = False
     """Whether a sparse model of any sparsity may be the start."""
+    grows: ClassVar[bool] = True
+    """Whether dead weights can come alive; else a model sparser than the target is refused."""
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity)
@@ -66,6 +87,10 @@ class Method:
             raise ConfigError(f"`distribution` (={self.distribution!r}) must be a Distribution such as Uniform()")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ConfigError(f"`seed` (={self.seed!r}) must be an integer")
+        if not isinstance(self.non_finite, NonFinite):
+            raise ConfigError(f"`non_finite` (={self.non_finite!r}) must be NonFinite.SKIP or NonFinite.RAISE")
+        if not isinstance(self.regroup, Regroup | None):
+            raise ConfigError(f"`regroup` (={self.regroup!r}) must be a Regroup(), or None")
 
     @property
     def drop(self) -> Saliency:
@@ -91,6 +116,12 @@ class Method:
     def needs_gradient(self) -> bool:
         """Whether an update reads the gradient of dead weights."""
         return self.drop.needs_gradient or self.grown.needs_gradient
+
+    def handle(self, model: nn.Module, optimizer: Optimizer, total_steps: int | None) -> Handle:
+        """What `attach` returns; a method with phases of its own has its own kind of handle."""
+        from fxsparse.training.handle import Handle  # the handle drives methods, so it stands above them
+
+        return Handle(model, optimizer, self, total_steps)
 
     def timed(self, total_steps: int | None) -> Self:
         """The method with every step number known.
@@ -118,13 +149,21 @@ class Method:
         """Whether masks change after this many completed optimizer steps."""
         return False
 
+    def watches(self, step: int) -> bool:
+        """Whether G is collected on the way to this step; `remember` sees it then."""
+        return self.needs_gradient and self.update_due(step)
+
+    def remember(self, state: WeightState) -> Mapping[str, Tensor]:
+        """What to keep of one weight after a step that was watched: tensors that later states carry as `memory`."""
+        return state.memory
+
     def drop_fraction(self, step: int) -> float:
         """Fraction of the alive units that is exchanged."""
         return 0.0
 
-    def drop_count(self, state: WeightState) -> int | None:
-        """Units to drop in this weight, where it is not the fraction's count."""
-        return None
+    def drop_counts(self, states: Sequence[WeightState]) -> Mapping[str, int]:
+        """Units to drop in a weight (in each group of a `SharedSupport`), where it is not the fraction's count."""
+        return {}
 
     def targets(self, states: Sequence[WeightState]) -> Mapping[str, Target]:
         """What weights must keep after the update; weights that are not named conserve their count."""
@@ -139,25 +178,39 @@ class Method:
         return state.draws("grow")
 
     def update(self, states: Sequence[WeightState]) -> dict[str, Bool[Tensor, "*shape"]]:
-        """The new mask of every weight; `states` are in the model's order.
+        """The new mask of every weight; `states` are in the model's order, rows regrouped.
 
         Raises:
             ConfigError: a weight cannot reach its target.
             DataError: a score is NaN; the message names the weight.
         """
-        targets = self.targets(states)
+        targets, drops = self.targets(states), self.drop_counts(states)
         masks = {}
         for state in states:
             try:
-                masks[state.name] = self.exchanged(state, targets.get(state.name))
+                masks[state.name] = self.exchanged(state, targets.get(state.name), drops.get(state.name))
             except (ConfigError, DataError) as error:
                 raise type(error)(f"mask update of `{state.name}` at step {state.step}: {error}") from error
         return masks
 
-    def exchanged(self, state: WeightState, target: Target | None) -> Bool[Tensor, "*shape"]:
-        """The new mask of one weight: one exchange of the drop fraction, towards the target where there is one."""
+    def regrouped(self, state: WeightState) -> WeightState:
+        """The weight with its rows in new groups where `regroup` says so."""
+        due = self.regroup is not None and self.regroup.due(state.update)
+        return self.regroup.applied(state, self.drop) if self.regroup is not None and due else state
+
+    def exchanged(
+        self, state: WeightState, target: Target | None = None, dropped: int | None = None
+    ) -> Bool[Tensor, "*shape"]:
+        """The new mask of one weight: one exchange, towards the target where there is one.
+
+        Args:
+            state: The weight.
+            target: What it must have afterwards; as much as before by default.
+            dropped: Units that are dropped; the drop fraction's count by default.
+        """
         fraction = self.drop_fraction(state.step)
-        if target is None and (fraction == 0.0 or bool(state.mask.all())):
+        idle = dropped == 0 if dropped is not None else fraction == 0.0
+        if target is None and (idle or bool(state.mask.all())):
             return state.mask.clone()
         chosen = exchange(
             state.units,
@@ -165,7 +218,7 @@ class Method:
             self.drop_scores(state),
             self.grow_scores(state),
             fraction,
-            dropped=self.drop_count(state),
+            dropped=dropped,
             target=None if target is None else state.units.counts(target),
             regrow_dropped=self.regrow_dropped,
         )

@@ -43,7 +43,7 @@ from fxsparse.sparsity import (
     Unstructured,
     keep_count,
 )
-from fxsparse.training import GMP, METHODS, SET, Initial, Method, RigL, Static, attach
+from fxsparse.training import ACDC, GMP, METHODS, SET, Initial, Method, RigL, SRigL, Static, attach
 
 PATTERNS = (
     Unstructured(),
@@ -174,6 +174,7 @@ def test_gmp_refuses_what_its_definition_excludes():
         attach(model, sgd(model), GMP(sparsity=0.5, pattern=NByM(2, 4)), 1000)
     one_shot = attach(model, sgd(model), GMP(sparsity=0.5, pattern=NByM(2, 4), start=3, end=3))
     assert [one_shot.method.update_due(step) for step in range(6)] == [False, False, False, True, False, False]
+    one_shot.detach()
     with pytest.raises(ConfigError, match="`total_steps`"):
         attach(model, sgd(model), GMP())
     with pytest.raises(ConfigError, match="`sparsity` \\(=0.9\\) must be the schedule's final"):
@@ -211,8 +212,9 @@ def test_gmp_goes_on_from_masks_that_are_ahead_of_its_schedule():
 @pytest.mark.parametrize("kind", METHODS)
 def test_defaults_are_frozen_and_positional(kind):
     method = kind(0.5)
-    assert method.sparsity == 0.5 and method.seed == 0 and method.pattern is None
-    assert isinstance(method.distribution, Uniform if kind is GMP else ERK)
+    assert method.sparsity == 0.5 and method.seed == 0
+    assert method.pattern == (ConstantFanIn() if kind is SRigL else None)
+    assert isinstance(method.distribution, {GMP: Uniform, ACDC: Global}.get(kind, ERK))
     with pytest.raises(AttributeError):
         method.sparsity = 0.9
     assert hash(method) == hash(kind(0.5)) and method == kind(0.5)

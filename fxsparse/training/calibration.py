@@ -1,0 +1,196 @@
+"""Scores from data: gradients, curvature products and input norms of a model that is left as it was."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fxsparse.errors import ConfigError
+from fxsparse.nn import MaskedWeight
+from fxsparse.training.distributed import average, process_group, unwrap
+from fxsparse.training.input_norms import InputNorms
+from fxsparse.training.scopes import training_mode
+
+Loss = Callable[[Any, Any], Tensor]
+Gradients = dict[str, Float64[Tensor, "*shape"]]
+
+
+class Calibration:
+    """A model, batches and a loss, to be used inside `with`; parameters, gradients, buffers and random state stay.
+
+    Args:
+        model: The model, with masks; DDP and compiled wrappers are seen through.
+        weights: Its masked weights.
+        batches: Each one `(inputs, targets)`, or inputs alone where no loss is needed. Inputs are a tensor, a tuple of
+            positional or a mapping of keyword arguments. Read once per pass; an iterator is kept in memory.
+        loss: (outputs, targets) -> mean loss over the samples of the batch.
+        train: Train mode, instead of eval mode.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, MaskedWeight],
+        batches: Iterable[Any] = (),
+        loss: Loss | None = None,
+        *,
+        train: bool = False,
+    ) -> None:
+        self.model, self.wrapped, self.weights, self.loss, self.train = unwrap(model), model, weights, loss, train
+        self.batches: Iterable[Any] = tuple(batches) if iter(batches) is batches else batches
+        self._scope = contextlib.ExitStack()
+
+    def __enter__(self) -> Calibration:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng())
+            stack.enter_context(training_mode(self.model, self.train))
+            stack.enter_context(_kept_buffers(self.model))
+            stack.enter_context(_trainable([masked.weight for masked in self.weights.values()]))
+            self._scope = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._scope.close()
+
+    def gradients(self, temperature: float = 1.0) -> Gradients:
+        """The mean gradient over all samples (and ranks) of every weight, dead entries 0; outputs over `temperature`.
+
+        Raises:
+            ConfigError: no loss, no batches, or batches without targets.
+        """
+        sums, samples = self._zeros(), 0
+        for outputs, targets, count in self._passed():
+            for name, gradient in self._derived(self._loss(outputs, targets, temperature)).items():
+                sums[name] += count * gradient.double()
+            samples += count
+        return self._averaged({name: total / samples for name, total in sums.items()})
+
+    def curvature_product(self, direction: Gradients, temperature: float = 1.0) -> Gradients:
+        """H v over all samples: H the Hessian of the mean loss with respect to all weights together.
+
+        Raises:
+            ConfigError: as `gradients`.
+        """
+        sums, samples = self._zeros(), 0
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+            for outputs, targets, count in self._passed():
+                slope = self._derived(self._loss(outputs, targets, temperature), again=True)
+                along = torch.stack([(slope[name] * direction[name].to(slope[name])).sum() for name in slope]).sum()
+                if along.requires_grad:
+                    for name, product in self._derived(along).items():
+                        sums[name] += count * product.double()
+                samples += count
+        return self._averaged({name: total / samples for name, total in sums.items()})
+
+    def input_norms(self) -> Gradients:
+        """The norm of the input that each element multiplies, over all samples and positions.
+
+        Raises:
+            ConfigError: no batches, or a weight whose inputs are not known.
+        """
+        collector = InputNorms(self.weights)
+        with torch.no_grad():
+            for _ in self._passed(collector):
+                pass
+        return collector.norms()
+
+    def example(self) -> Any:
+        """The inputs of the first batch.
+
+        Raises:
+            ConfigError: no batches.
+        """
+        return next(self._inputs())[0]
+
+    def _inputs(self) -> Iterator[tuple[Any, Any]]:
+        found = False
+        for batch in self.batches:
+            found = True
+            pair = isinstance(batch, tuple | list)
+            yield (batch[0], batch[1] if len(batch) > 1 else None) if pair else (batch, None)
+        if not found:
+            raise ConfigError("`batches` (=none) must hold at least one batch of calibration data")
+
+    def _passed(self, within: InputNorms | None = None) -> Iterator[tuple[Any, Any, int]]:
+        for inputs, targets in self._inputs():
+            with within if within is not None else contextlib.nullcontext(), _grad_unless(within is not None):
+                outputs = call(self.model, inputs)
+            yield outputs, targets, samples_of(inputs)
+
+    def _loss(self, outputs: Any, targets: Any, temperature: float) -> Tensor:
+        if self.loss is None:
+            raise ConfigError("`loss` (=None) must be given: (outputs, targets) -> mean loss of the batch")
+        if temperature != 1.0:
+            if not isinstance(outputs, Tensor):
+                raise ConfigError(
+                    f"`temperature` (={temperature}) divides logits, but the model returns {type(outputs).__name__}; "
+                    "divide them in `loss` and set it to 1"
+                )
+            outputs = outputs / temperature
+        return self.loss(outputs, targets)
+
+    def _derived(self, value: Tensor, again: bool = False) -> dict[str, Tensor]:
+        weights = [masked.weight for masked in self.weights.values()]
+        found = torch.autograd.grad(value, weights, create_graph=again, allow_unused=True, materialize_grads=True)
+        masks = [masked.mask for masked in self.weights.values()]
+        return {name: torch.where(m, g, 0.0) for name, m, g in zip(self.weights, masks, found, strict=True)}
+
+    def _zeros(self) -> Gradients:
+        return {name: torch.zeros_like(w.weight, dtype=torch.float64) for name, w in self.weights.items()}
+
+    def _averaged(self, means: Gradients) -> Gradients:
+        shared = average(means, means, process_group(self.wrapped))
+        return {name: each for name, each in shared.items() if each is not None}
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """The model's outputs; a mapping gives keyword arguments, a tuple or list positional ones."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+
+
+def samples_of(inputs: Any) -> int:
+    """The length of the first tensor.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    items = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple | list) else [inputs]
+    for item in items:
+        if isinstance(item, Tensor) and item.ndim:
+            return len(item)
+    raise ConfigError(f"a batch's inputs (={type(inputs).__name__}) hold no tensor with samples along its first axis")
+
+
+@contextlib.contextmanager
+def _kept_buffers(model: nn.Module) -> Iterator[None]:
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()] if model.training else []
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
+
+
+@contextlib.contextmanager
+def _trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    flags = [parameter.requires_grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter, flag in zip(parameters, flags, strict=True):
+            parameter.requires_grad_(flag)
+
+
+def _grad_unless(collecting: bool) -> torch.set_grad_enabled:
+    return torch.set_grad_enabled(not collecting)

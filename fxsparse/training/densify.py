@@ -1,0 +1,67 @@
+"""RESU in reverse: a sparse model becomes denser."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from fxsparse.errors import ConfigError
+from fxsparse.sparsity.counts import check_sparsity
+from fxsparse.training.resu import RESU
+from fxsparse.training.resu_phases import Cycle, Timeline, grow_cycles
+from fxsparse.training.state import WeightState
+
+
+@dataclass(frozen=True)
+class Densify(RESU):
+    """RESU in reverse: a sparse model becomes denser; no alive weight is lost.
+
+    Cycle i trains at `path[i]`, trains the dead positions, and commits at `path[i + 1]`: all alive
+    weights stay and the best of the trained join them. A last sparsity of 0 makes every weight alive with its theta.
+
+    Attributes:
+        path: Falling sparsities, the initial one first; `sparsity` is the last one.
+        initial: A saliency to draw the first masks by; a sparse model keeps its own.
+    """
+
+    sparsity: float = 0.0
+    path: tuple[float, ...] = (0.7, 0.5, 0.3, 0.1, 0.0)
+
+    grows: ClassVar[bool] = True
+
+    def _check_sparsities(self) -> None:
+        if len(self.path) < 2 or any(a <= b for a, b in zip(self.path, self.path[1:], strict=False)):
+            raise ConfigError(f"`path` (={self.path}) must list at least 2 falling sparsities")
+        for value in self.path:
+            check_sparsity(value, "path")
+        if self.path[-1] != self.sparsity:
+            raise ConfigError(f"`sparsity` (={self.sparsity}) must be the path's last (={self.path[-1]})")
+        if self.lengths.resu == 0:
+            raise ConfigError("`lengths.resu` (=0) must be positive: only a RESU phase makes a model denser")
+
+    @property
+    def _cycle_count(self) -> int:
+        return len(self.path) - 1
+
+    def _made(self, ends: tuple[int, ...]) -> Timeline:
+        return grow_cycles(self.path, self.lengths, ends)
+
+    def _every_sparsity(self) -> tuple[float, ...]:
+        return self.path
+
+    def sparsity_at(self, step: int) -> float:
+        """The path's first, then what the last COMMIT led to."""
+        return self.timeline.sparsity(step, self.path[0])
+
+    def _places(
+        self, state: WeightState, cycle: Cycle, scores: Tensor, trained: Tensor, states: Sequence[WeightState]
+    ) -> tuple[Tensor, Tensor]:
+        """K of the next sparsity, never below what is alive; k_A = A."""
+        ranked = {each.name: each.element_scores(self.score) for each in states}
+        target = self.distribution.targets([each.spec for each in states], cycle.committed, ranked)[state.name]
+        alive = state.alive.sum(1)
+        counts = state.units.counts(target).to(alive.device).maximum(alive)
+        return counts, counts - alive

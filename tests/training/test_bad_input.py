@@ -1,0 +1,378 @@
+"""What goes wrong in user loops is refused by name, or skipped with a warning; nothing is silent."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fxsparse.errors import ConfigError, DataError
+from fxsparse.nn import Linear, masked_weights, masks, set_masks
+from fxsparse.sparsity import ERK, CustomSparsity, Magnitude, Uniform
+from fxsparse.training import (
+    ACDC,
+    GMP,
+    ITOP,
+    MEST,
+    SET,
+    SNFS,
+    Growth,
+    Initial,
+    MeanUniform,
+    NegativeGradient,
+    NonFinite,
+    RigL,
+    SRigL,
+    Static,
+    attach,
+)
+
+READERS = {
+    "rigl": RigL(0.5, every=2, end=99),
+    "srigl": SRigL(0.5, every=2, end=99),
+    "snfs": SNFS(0.5, every=2, end=99),
+    "itop": ITOP(0.5, every=2, growth=Growth.GRADIENT),
+    "mest": MEST(0.5, every=2, boundaries=(50, 60), gradient=0.5),
+    "set, grown by gradient": SET(0.5, every=2, grown=NegativeGradient(0.1)),
+}
+BLIND = {
+    "set": SET(0.5, every=2),
+    "gmp": GMP(0.5, every=2, end=8),
+    "acdc": ACDC(0.5, every=2, end=8),
+    "mest soft": MEST(0.5, every=2, boundaries=(50, 60), soft=True),
+    "itop": ITOP(0.5, every=2),
+}
+
+
+def build(seed: int = 0) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(Linear(6, 10, bias=False), nn.Tanh(), Linear(10, 4, bias=False))
+
+
+def batch(step: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(8, 6, generator=generator), torch.randn(8, 4, generator=generator)
+
+
+def backward(model: nn.Module, optimizer, step: int = 0, scale: float = 1.0) -> None:
+    optimizer.zero_grad()
+    x, y = batch(step)
+    (scale * nn.functional.mse_loss(model(x), y)).backward()
+
+
+def prepared(method, lr: float = 0.05):
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    return model, optimizer, attach(model, optimizer, method)
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def unchanged(model: nn.Module, before: dict[str, Tensor]) -> bool:
+    return all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", READERS)
+def test_non_finite_gradients_wait_by_default(name, bad):
+    model, optimizer, handle = prepared(READERS[name])
+    for step in range(2):
+        backward(model, optimizer, step, bad if step == 1 else 1.0)
+        if step == 1:
+            before, memory = snapshot(model), {k: dict(v) for k, v in handle._memory.items()}
+            with pytest.warns(RuntimeWarning, match="non-finite gradient at step 2 in `0.weight`, `2.weight`: neither"):
+                optimizer.step()
+            assert unchanged(model, before) and handle.step == 1 and handle.updates == 0
+            assert all(torch.equal(handle._memory[k][n], t) for k, v in memory.items() for n, t in v.items())
+        else:
+            optimizer.step()
+    backward(model, optimizer, 2)
+    optimizer.step()
+    assert handle.step == 2 and handle.updates == 1
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("name", READERS)
+def test_non_finite_gradients_raise_where_configured(name, bad):
+    model, optimizer, handle = prepared(replace(READERS[name], non_finite=NonFinite.RAISE))
+    for step in range(2):
+        backward(model, optimizer, step, bad if step == 1 else 1.0)
+        if step == 0:
+            optimizer.step()
+    before = snapshot(model)
+    with pytest.raises(DataError, match="non-finite gradient at step 2 in `0.weight`"):
+        optimizer.step()
+    assert unchanged(model, before) and handle.step == 1 and handle.updates == 0
+    backward(model, optimizer, 2)
+    optimizer.step()
+    assert handle.updates == 1
+    with pytest.raises(ConfigError, match="`non_finite`"):
+        replace(READERS[name], non_finite="skip")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("name", [*BLIND, *READERS])
+def test_weights_that_are_not_finite_never_make_a_mask(name, bad):
+    method = {**READERS, **BLIND}[name]
+    model, optimizer, handle = prepared(method)
+    backward(model, optimizer)
+    optimizer.step()
+    backward(model, optimizer, 1)
+    first = masked_weights(model)["0.weight"]
+    with torch.no_grad():
+        first.weight.view(-1)[first.mask.view(-1).nonzero()[0]] = bad
+    before = {n: m.clone() for n, m in masks(model).items()}
+    with pytest.raises(DataError, match="mask update of `0.weight` at step 2: the weight holds NaN or Inf"):
+        optimizer.step()
+    assert all(torch.equal(m, before[n]) for n, m in masks(model).items()) and handle.updates == 0
+
+
+def test_the_update_after_an_error_is_still_an_update():
+    model, optimizer, handle = prepared(RigL(0.5, every=1, end=9))
+    backward(model, optimizer)
+    with torch.no_grad():
+        model[0].weight.view(-1)[model[0].weight_mask.view(-1).nonzero()[0]] = math.nan
+    with pytest.raises(DataError):
+        optimizer.step()
+    with torch.no_grad():
+        model[0].weight.nan_to_num_()
+    backward(model, optimizer)
+    optimizer.step()
+    assert handle.updates == 1 and handle.step == 2
+
+
+@pytest.mark.parametrize("name", [*BLIND, *READERS])
+def test_skipped_steps_of_a_scaler_do_not_count(name):
+    method = {**READERS, **BLIND}[name]
+    plain_model, plain, plain_handle = prepared(method)
+    model, optimizer, handle = prepared(method)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=10**6)
+    for step in range(6):
+        backward(plain_model, plain, step)
+        plain.step()
+        if step in (1, 3):  # an overflow before the good step
+            optimizer.zero_grad()
+            x, y = batch(step)
+            scaler.scale(nn.functional.mse_loss(model(x), y) * math.inf).backward()
+            before = snapshot(model)
+            scaler.step(optimizer)
+            scaler.update()
+            assert unchanged(model, before) and handle.step == step
+        optimizer.zero_grad()
+        x, y = batch(step)
+        scaler.scale(nn.functional.mse_loss(model(x), y)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert all(torch.equal(m, masks(model)[n]) for n, m in masks(plain_model).items()), step
+    assert handle.step == plain_handle.step == 6 and handle.updates == plain_handle.updates
+    for key, memory in plain_handle._memory.items():  # powers of two scale exactly
+        assert all(torch.equal(value, handle._memory[key][n]) for n, value in memory.items())
+
+
+@pytest.mark.parametrize("name", [*BLIND, *READERS])
+def test_zero_gradients(name):
+    model, optimizer, handle = prepared({**READERS, **BLIND}[name])
+    alive = sum(int(m.sum()) for m in masks(model).values())
+    for step in range(5):
+        backward(model, optimizer, step, 0.0)
+        optimizer.step()
+    assert handle.updates >= 1 and handle.step == 5
+    after = sum(int(m.sum()) for m in masks(model).values())
+    if name not in ("gmp", "acdc", "mest soft", "srigl"):
+        assert after == alive
+    assert all(bool(value.isfinite().all()) for value in model.state_dict().values())
+
+
+DEAD = ["set", "itop", "mest", "rigl", "snfs", "acdc", "set, grown by gradient"]
+
+
+@pytest.mark.parametrize("alive", [0, 1])
+@pytest.mark.parametrize("name", DEAD)
+def test_dead_layers_and_single_weights(name, alive):
+    method = replace({**BLIND, **READERS}[name], initial=Initial.KEEP)
+    model = build()
+    few = torch.zeros(10, 6, dtype=torch.bool)
+    few.view(-1)[:alive] = True
+    set_masks(model, {"0.weight": few, "2.weight": torch.arange(40).reshape(4, 10) % 2 == 0})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    handle = attach(model, optimizer, method)
+    before = {n: int(m.sum()) for n, m in masks(model).items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(5):
+            backward(model, optimizer, step)
+            optimizer.step()
+    after = {n: int(m.sum()) for n, m in masks(model).items()}
+    assert handle.updates >= 1
+    if name == "snfs":
+        assert sum(after.values()) == sum(before.values()) and min(after.values()) >= min(alive, 1)
+    elif name != "acdc":
+        assert after == before
+    assert all(bool(value.isfinite().all()) for value in model.state_dict().values())
+
+
+def test_growing_into_a_dead_layer_gives_finite_values():
+    model = build()
+    set_masks(model, {"0.weight": torch.zeros(10, 6, dtype=torch.bool)})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+
+    class Revive(ACDC):
+        grown = MeanUniform()
+
+    handle = attach(
+        model, optimizer, Revive(0.5, every=1, start=1, end=3, distribution=Uniform(), initial=Initial.KEEP)
+    )
+    for step in range(3):
+        backward(model, optimizer, step)
+        optimizer.step()
+    assert handle.updates and bool(model[0].weight.isfinite().all())
+
+
+def test_a_target_below_the_present_sparsity_needs_a_method_that_grows():
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    attach(model, optimizer, Static(0.9)).detach()
+    before = snapshot(model)
+    for method in (
+        GMP(0.5, end=9),
+        GMP(0.5, end=9, initial=Initial.KEEP),
+        GMP(0.5, schedule=CustomSparsity(((3, 0.5),))),
+    ):
+        with pytest.raises(ConfigError, match="`sparsity` \\(=0.5\\) is below .*\\(=0.9.*never grows"):
+            attach(model, optimizer, method)
+        assert unchanged(model, before)
+    attach(model, optimizer, GMP(0.9, end=9)).detach()
+    attach(model, optimizer, GMP(0.95, end=9)).detach()
+    attach(model, optimizer, ACDC(0.5, end=9)).detach()
+    attach(model, optimizer, GMP(0.5, start=3, end=3, initial=Magnitude())).detach()
+
+
+def test_a_method_is_attached_once():
+    model, optimizer, handle = prepared(SET(0.5, every=2))
+    before = snapshot(model)
+    with pytest.raises(ConfigError, match="`optimizer` \\(=SGD\\) drives Handle.* already; detach"):
+        attach(model, optimizer, SET(0.5))
+    other = torch.optim.Adam(model.parameters())
+    with pytest.raises(ConfigError, match="`0.weight` is driven by Handle.* through another optimizer"):
+        attach(model, other, SET(0.5))
+    assert unchanged(model, before)
+    handle.detach()
+    attach(model, other, SET(0.5))
+
+
+def test_the_optimizer_must_hold_every_masked_weight():
+    model = build()
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    with pytest.raises(ConfigError, match="`optimizer` \\(=SGD\\) does not hold `2.weight`"):
+        attach(model, optimizer, SET(0.5))
+    optimizer.add_param_group({"params": [model[2].weight]})
+    handle = attach(model, optimizer, SET(0.5, every=1))
+    backward(model, optimizer)
+    optimizer.step()
+    del optimizer.param_groups[1]
+    with pytest.raises(ConfigError, match="holds `2.weight` no more"):
+        optimizer.step()
+    assert handle.step == 1
+
+
+def _replace_parameter(model: nn.Module) -> None:
+    model[2].weight = nn.Parameter(model[2].weight.detach().clone())
+
+
+def _replace_module(model: nn.Module) -> None:
+    model[2] = nn.Linear(10, 4)
+
+
+def _assign(model: nn.Module) -> None:
+    model.load_state_dict(build(1).state_dict(), assign=True)
+
+
+@pytest.mark.parametrize(
+    ("swap", "message"),
+    [
+        (_replace_parameter, "parameter `2.weight` was replaced after attach"),
+        (_replace_module, "module `2` with `2.weight` was replaced after attach"),
+        (_assign, "parameter `0.weight` was replaced after attach"),
+    ],
+)
+def test_replaced_parameters_are_named(swap, message):
+    model, optimizer, handle = prepared(RigL(0.5, every=3, end=99))
+    backward(model, optimizer)
+    optimizer.step()
+    swap(model)
+    backward(model, optimizer)
+    with pytest.raises(ConfigError, match=f"{message}; detach"):
+        optimizer.step()
+    assert handle.step == 1
+    handle.detach()
+    optimizer.step()  # nobody minds any more
+
+
+@pytest.mark.parametrize("name", [*BLIND, *READERS])
+def test_closures(name):
+    method = {**READERS, **BLIND}[name]
+    plain_model, plain, plain_handle = prepared(method)
+    model, optimizer, handle = prepared(method)
+    for step in range(5):
+        backward(plain_model, plain, step)
+        plain.step()
+
+        def closure(step: int = step) -> Tensor:
+            optimizer.zero_grad()
+            x, y = batch(step)
+            loss = nn.functional.mse_loss(model(x), y)
+            loss.backward()
+            return loss
+
+        assert optimizer.step(closure).item() > 0
+    assert handle.updates == plain_handle.updates >= 1
+    for one, other in zip(model.state_dict().values(), plain_model.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.filterwarnings("ignore:LBFGS keeps state of another shape:UserWarning")
+@pytest.mark.parametrize("name", [*BLIND, *READERS])
+def test_optimizers_that_call_closures_many_times(name):
+    model = build()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
+    handle = attach(model, optimizer, {**READERS, **BLIND}[name])
+    for step in range(4):
+
+        def closure(step: int = step) -> Tensor:
+            optimizer.zero_grad()
+            x, y = batch(step)
+            loss = nn.functional.mse_loss(model(x), y)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+    assert handle.updates >= 1
+    for weight in masked_weights(model).values():
+        assert bool((weight.weight[~weight.mask] == 0).all())
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_step_without_any_backward_pass_says_so(name):
+    _, optimizer, _ = prepared(READERS[name])
+    with pytest.raises(ConfigError, match="no gradient was seen before step"):
+        optimizer.step()
+        optimizer.step()
+
+
+def test_frozen_weights_are_left_out_by_those_that_read_gradients():
+    model = build()
+    model[0].weight.requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    handle = attach(model, optimizer, SNFS(0.5, distribution=ERK(), every=1), 9)
+    first = model[0].weight_mask.clone()
+    for step in range(3):
+        backward(model, optimizer, step)
+        optimizer.step()
+    assert torch.equal(first, model[0].weight_mask) and handle.updates == 3
