@@ -14,8 +14,9 @@ from torch.nn.utils import parametrizations as P
 from torch.nn.utils import parametrize
 
 from fxsparse.errors import ConfigError, PassError
-from fxsparse.nn import DenseGradients, Guard, MaskSpec, Route, masks, set_masks
-from fxsparse.passes import MaskEffective
+from fxsparse.graph.derivations import mask_place
+from fxsparse.nn import DenseGradients, Guard, MaskSpec, Route, alive_gains, masks, set_masks
+from fxsparse.passes import FoldMasks, MaskEffective
 from fxsparse.planning import finalize, plan, transform
 from fxsparse.sparsity import Channel, Layout, SharedSupport
 from tests.weight_cases import EFFECTIVE, Standardised, StandardisedSame, WeightCase, gradients, train
@@ -305,6 +306,138 @@ def test_the_pass_checks_its_targets() -> None:
         MaskEffective({"0.weight": spec})(result.module)
     assert spec.hides_gradient and MaskSpec().hides_gradient
     assert not MaskSpec(route=Route.PARAMETER, guard=Guard.GRADIENT).hides_gradient
+
+
+# --- chains of operations ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "chain, shape, place",
+    [
+        ("sub", (4, 4), 0),
+        ("mean sub div", (7, 2), 2),
+        ("sub t", (4, 4), 0),
+        ("sub t", (7, 2), 0),
+        ("mul sub div mul view", (7, 2), 3),
+        ("mean expand_as t", (7, 2), 1),
+        ("t normalize t", (4, 4), 2),
+        ("t normalize", (4, 4), None),
+        ("reshape batch_norm reshape_as", (4, 4, 3, 3), 2),
+        ("reshape batch_norm t", (4, 4), None),
+        ("transpose sub transpose", (2, 3, 4), 2),
+        ("transpose sub transpose", (3, 3, 4), None),
+        ("sub flip", (4, 4), None),
+        ("t mul", (4, 4), None),
+    ],
+)
+def test_where_in_a_chain_a_mask_fits(chain: str, shape: tuple[int, ...], place: int | None) -> None:
+    assert mask_place(chain.split(), shape) == place
+
+
+class Turned(nn.Module):
+    """Standardised, used both ways round; square, so that a mask the wrong way round raises nothing."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(rows, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean(1, keepdim=True)
+        return F.linear(F.linear(x, weight), weight.t())
+
+
+@pytest.mark.parametrize("rows", [4, 7])
+def test_a_mask_stands_before_the_weight_is_turned(rows: int) -> None:
+    model, x = Turned(rows).double(), torch.randn(3, 4).double()
+    sparse = transform(model, (x,), sparsity=0.5)
+    mask = masks(sparse)["weight"]
+    weight = sparse.weight.detach()
+    weight = torch.where(mask, weight - weight.mean(1, keepdim=True), 0.0)
+    torch.testing.assert_close(sparse(x), x @ weight.T @ weight, rtol=1e-12, atol=1e-12)
+
+
+class TurnedInPython(Turned):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.sum() < 1e9 else x
+
+
+def test_a_turned_weight_that_python_computes_is_refused() -> None:
+    with pytest.raises(ConfigError, match="makes other values of its zeros"):
+        plan(TurnedInPython(4), (torch.randn(3, 4),), include="weight")
+
+
+class LowRank(nn.Module):
+    """The product of two parameters; one of them is also read transposed."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.down, self.up = nn.Parameter(torch.randn(rank, 2)), nn.Parameter(torch.randn(7, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.up @ self.down), self.up.t())
+
+
+@pytest.mark.parametrize("rank", [2, 3])  # with 2 the product has the shape of `up`
+def test_factors_of_a_product_are_weights_of_it(rank: int) -> None:
+    model, x = LowRank(rank).double(), torch.randn(3, 2).double()
+    sparse = transform(model, (x,), sparsity=0.5)
+    assert set(masks(sparse)) == {"down", "up"}
+    up, down = (torch.where(masks(sparse)[name], model.get_parameter(name), 0.0) for name in ("up", "down"))
+    torch.testing.assert_close(sparse(x), x @ (up @ down).T @ up, rtol=1e-12, atol=1e-12)
+
+
+class LearnedQueries(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.q = nn.Parameter(torch.randn(5, 8)), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.q(self.queries).t()
+
+
+class LowRankUpdate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.a, self.b = (nn.Parameter(torch.randn(*shape)) for shape in ((6, 8), (6, 2), (2, 8)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight + self.a @ self.b)
+
+
+def test_a_layer_of_learned_inputs_is_a_layer() -> None:
+    decided = plan(LearnedQueries(), (torch.randn(3, 8),))
+    assert {weight.name: weight.route for weight in decided.masked} == {"q.weight": Route.MODULE}
+    assert not any(weight.refused for weight in decided.weights)
+
+
+def test_a_weight_with_a_low_rank_update() -> None:
+    model, x = LowRankUpdate().double(), torch.randn(3, 8).double()
+    sparse = transform(model, (x,), sparsity=0.5)
+    found = masks(sparse)
+    assert set(found) == {"weight", "a", "b"}
+    w, a, b = (torch.where(found[name], model.get_parameter(name), 0.0) for name in ("weight", "a", "b"))
+    expected = x @ torch.where(found["weight"], w + a @ b, 0.0).T
+    torch.testing.assert_close(sparse(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dim", [0, 1, None])
+@pytest.mark.parametrize("norm", [P.weight_norm, nn.utils.weight_norm])
+def test_folding_a_weight_norm_with_dead_slices_keeps_its_contract(
+    norm: Callable[..., nn.Module], dim: int | None
+) -> None:
+    model, x = nn.Sequential(norm(nn.Linear(8, 7), dim=dim)).double(), torch.randn(3, 8).double()
+    sparse = transform(model, (x,))
+    ((name, mask),) = masks(sparse).items()
+    mask = torch.rand(mask.shape) < 0.7
+    mask[2], mask[:, 3] = False, False
+    if dim is None:
+        mask[:] = False
+    set_masks(sparse, {name: mask})
+    result = FoldMasks()(sparse, (x,))  # compares gradients
+    assert torch.equal(result.module(x), sparse(x)) and set(result.verification.compared) == {"eval", "train"}
+    (gain,) = alive_gains(sparse).values()
+    axes = {0: (1,), 1: (0,), None: (0, 1)}[dim]
+    assert torch.equal(gain.flatten(), mask.any(axes).flatten()) and alive_gains(result.module) == {}
 
 
 # --- what must hold ---------------------------------------------------------------------------------------------------

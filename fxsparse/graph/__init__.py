@@ -31,3 +31,4 @@ from fxsparse.graph.recorder import record as record
 from fxsparse.graph.render import diff as diff
 from fxsparse.graph.render import render as render
 from fxsparse.graph.scopes import preserved_rng as preserved_rng
+from fxsparse.graph.specialize import specialisation as specialisation

@@ -5,6 +5,7 @@
    custom autograd function, no lost context) becomes a `CapturedModule`: the whole model, else its largest submodules.
 3. They are compared with the model on the example inputs, in train and in eval mode; what differs goes back to Python,
    with the reason.
+4. On request (`specialize`), a model that is not traced as a whole becomes one graph for inputs like the example's.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from typing import Any
 
 from torch import nn
 
-from fxsparse.errors import CaptureError
+from fxsparse.errors import CaptureError, ConfigError
 from fxsparse.graph.captured import CapturedModule, graphs_of
 from fxsparse.graph.clone import structural_clone
 from fxsparse.graph.compare import Difference, Reference, observe
 from fxsparse.graph.guards import NOTHING, Untraceable
 from fxsparse.graph.inputs import split_inputs
 from fxsparse.graph.recorder import Recording
+from fxsparse.graph.specialize import specialisation, specialized
 from fxsparse.graph.tracer import Trace, has_hooks, is_layer, is_leaf, is_torch_layer, trace, trace_key
 
 _UNREPEATABLE = "the model does not repeat itself from the same seed, so no graph can be compared with it"
@@ -51,6 +53,7 @@ class Capture:
         recording: what the eager run told; None without example inputs.
         reference: the behaviour of the model on the example inputs, to compare rewrites with; None without them.
         compared: whether the module was compared with the model, or there is nothing to compare it on.
+        specialised: to what the graph is specialised, in words; None for graphs that are right for every input.
     """
 
     module: nn.Module
@@ -59,9 +62,10 @@ class Capture:
     recording: Recording | None
     reference: Reference | None = field(default=None, repr=False)
     compared: bool = True
+    specialised: str | None = None
 
 
-def capture(model: nn.Module, example_inputs: Any = None, *, compare: bool = True) -> Capture:
+def capture(model: nn.Module, example_inputs: Any = None, *, compare: bool = True, specialize: bool = False) -> Capture:
     """Capture `model`; it stays as it was, and its tensors are shared with the result.
 
     Args:
@@ -70,22 +74,38 @@ def capture(model: nn.Module, example_inputs: Any = None, *, compare: bool = Tru
             model that cannot be traced as a whole stays Python.
         compare: whether to compare the result with the model. Without it only graphs that rest on an assumption are
             compared; it is for callers who compare what they make of the result, and capture anew when that differs.
+        specialize: whether a model that is not traced as a whole may become one graph of the calls that ran on the
+            example inputs, in eval and in train mode. Inputs of another shape, dtype, structure or Python value then
+            raise CaptureError, and so do other values where Python code reads them out of a tensor. Other things that
+            Python code may depend on (globals, attributes changed later, the device) are frozen. The graph is
+            compared, bit for bit, on the example inputs and on others of the same shapes; where there is none the
+            refusals say why, and the result is the one without `specialize`.
 
     Raises:
         CaptureError: when `model` is no module, cannot be copied, or fails on the example inputs.
-        ConfigError: when `example_inputs` is neither form.
+        ConfigError: when `example_inputs` is neither form, or missing with `specialize`.
     """
     if not isinstance(model, nn.Module):
         raise CaptureError(f"`model` (={type(model).__name__}) must be a torch.nn.Module")
+    if specialize and example_inputs is None:
+        raise ConfigError("`specialize` (=True) needs `example_inputs`, to which the graph is specialised")
     if example_inputs is None:
         session = _Session(structural_clone(model))
     else:
         args, kwargs = split_inputs(example_inputs)
         recording, reference = observe(model, args, kwargs)
-        session = _Session(structural_clone(model), recording, reference, compare)
+        session = _Session(structural_clone(model), recording, reference, compare, specialize)
     session.run()
     graphs, refusals = tuple(graphs_of(session.module)), tuple(session.refusals)
-    return Capture(session.module, graphs, refusals, session.recording, session.reference, session.compared)
+    return Capture(
+        session.module,
+        graphs,
+        refusals,
+        session.recording,
+        session.reference,
+        session.compared,
+        specialisation(session.module) if specialize else None,
+    )
 
 
 @dataclass
@@ -94,6 +114,7 @@ class _Session:
     recording: Recording | None = None
     reference: Reference | None = None
     compare: bool = True
+    specialize: bool = False
     refusals: list[Refusal] = field(default_factory=list)
     assuming: set[str] = field(default_factory=set)
     compared: bool = True
@@ -107,7 +128,23 @@ class _Session:
         if made is not None and self._accept({"": made}):
             self._capture_leaves(made, "")
         elif self.reference is not None and self.reference.repeats:
-            self._descend(self.module, "")
+            special = self._specialized() if self.specialize else None
+            if special is None:
+                self._descend(self.module, "")
+            else:
+                self._capture_leaves(special, "")
+
+    def _specialized(self) -> CapturedModule | None:
+        """The root as one graph that is specialised to the example inputs; its refusal as a generic one is void."""
+        assert self.reference is not None
+        try:
+            made = specialized(self.reference.model, self.module, self.reference)
+        except Untraceable as error:
+            self.refusals.append(Refusal("", f"not specialised: {error.reason}", error.mend))
+            return None
+        self.module = made
+        self.refusals.clear()
+        return made
 
     def _trace(self, path: str, module: nn.Module) -> CapturedModule | None:
         try:

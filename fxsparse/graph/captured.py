@@ -62,14 +62,20 @@ class CapturedModule(fx.GraphModule):
         root: the module to take over; its containers (parameters, submodules, hooks, ...) are shared with it.
         graph: its forward pass, in terms of `root`'s names.
         origin: the class that `root` was before any capture; by default its type.
+        inherits: whether the class of the result inherits from `origin`, so that what it overrides of nn.Module
+            (``train``, ``state_dict``) stays in force.
     """
 
-    def __init__(self, root: nn.Module, graph: fx.Graph, origin: type[nn.Module] | None = None) -> None:
+    def __init__(
+        self, root: nn.Module, graph: fx.Graph, origin: type[nn.Module] | None = None, *, inherits: bool = False
+    ) -> None:
         origin = origin or (root._origin if isinstance(root, CapturedModule) else type(root))
         super().__init__(nn.Module(), fx.Graph(), class_name=origin.__name__)
         meta = dict(getattr(root, "meta", {})) if isinstance(root, fx.GraphModule) else {}
         self.__dict__.update({key: value for key, value in root.__dict__.items() if key not in _GRAPH_STATE})
         self.__dict__["meta"] = meta
+        if inherits:
+            self.__dict__["_inherits"] = True
         _install(self, graph, origin)
 
     @property
@@ -119,6 +125,8 @@ def _blank(kind: type[fx.GraphModule]) -> CapturedModule:
 def _install(module: CapturedModule, graph: fx.Graph, origin: type[nn.Module]) -> CapturedModule:
     kind = type(module)  # every GraphModule instance has a class of its own
     kind.__name__ = origin.__name__
+    if module.__dict__.get("_inherits") and origin not in kind.__mro__:
+        kind.__bases__ = (*kind.__bases__, origin)
     for name in _CONTAINER_METHODS:
         method = inspect.getattr_static(origin, name, None)
         if method is not None and method is not inspect.getattr_static(nn.Module, name, None):

@@ -25,6 +25,7 @@ from fxsparse.graph.channels_groups import Member as Member
 from fxsparse.graph.channels_groups import channel_groups, fixed_classes
 from fxsparse.graph.channels_moves import MOVES
 from fxsparse.graph.channels_rules import RULES, is_pointwise, pointwise, unknown
+from fxsparse.graph.mishaps import mishap
 from fxsparse.graph.operators import ROUTES, OperatorGraph, operator_graph
 
 
@@ -98,13 +99,19 @@ def closed_paths(model: nn.Module) -> frozenset[str]:
     return frozenset(path for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention))
 
 
-def analyse(graph: OperatorGraph, closed: Collection[str] = (), others: tuple[OperatorGraph, ...] = ()) -> Channels:
+def analyse(
+    graph: OperatorGraph,
+    closed: Collection[str] = (),
+    others: tuple[OperatorGraph, ...] = (),
+    tied: Collection[tuple[str, str]] = (),
+) -> Channels:
     """Analyse an operator graph.
 
     Args:
         graph: the graph.
         closed: paths of modules inside which all channels stay.
         others: further graphs of the same model; one parameter has the same channels in all of them.
+        tied: parameters or buffers of one shape, in pairs, that must stay of one shape.
     """
     flow, sources = Flow(), dict[str, Dims]()
     for each in (graph, *others):
@@ -117,6 +124,10 @@ def analyse(graph: OperatorGraph, closed: Collection[str] = (), others: tuple[Op
                 flow.freeze(node, labels, reason)
         if each.reads and each.unread:
             _fix_after_read(flow, each)
+    for one, other in tied:
+        for a, b in zip(sources.get(one, ()), sources.get(other, ()), strict=False):  # () where nobody reads it
+            if a is not None and b is not None:
+                flow.atoms.unite(a, b)
     classes = flow.atoms.classes()
     fixed, reasons = fixed_classes(flow.atoms, classes)
     groups = channel_groups(flow, sources, classes, fixed, reasons)
@@ -154,7 +165,11 @@ def _applied(flow: Flow, node: fx.Node) -> Any:
     rule = MOVES.get(name) or RULES.get(name)
     if rule is None and is_pointwise(node):
         rule = pointwise
-    dims = (rule or unknown)(flow, node)
+    try:
+        dims = (rule or unknown)(flow, node)
+    except Exception as error:  # what it has united or frozen until then only keeps more
+        mishap(f"the rule of {name}", error)
+        return unknown(flow, node) if shape_of(node) else None
     shape = node.meta.get("shape")
     if shape is None or isinstance(dims, list):
         return dims

@@ -107,9 +107,10 @@ class FunctionCall:
         self.__name__ = function.__name__
         self.__module__ = function.__module__
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Its `apply`."""
-        return self.function.apply(*args)
+        apply: Any = self.function.apply  # torch leaves it untyped
+        return apply(*args, **kwargs)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, FunctionCall) and other.function is self.function

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import operator
 import random
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import fx, nn, is_grad_enabled
+from torch import fx, is_grad_enabled, nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils import _pytree as pytree
 
@@ -20,23 +19,11 @@ from fxsparse.graph.clone import isolated_clone
 from fxsparse.graph.guards import NOTHING, Untraceable, noticing_modes, patching, refusing_contexts, unchanged
 from fxsparse.graph.inputs import fresh_inputs, tensors_of
 from fxsparse.graph.scopes import SEED, mode_of, seeded
-from fxsparse.graph.specialize_calls import PLAIN, FunctionCall, Placeholder, Rebuild, check_inputs, check_read, describe
-from fxsparse.graph.tracer import has_hooks, is_leaf
+from fxsparse.graph.specialize_calls import PLAIN, FunctionCall, check_inputs, check_read, describe
+from fxsparse.graph.specialize_functions import PROPERTIES, SHAPED_BY_VALUES, SIZES, VALUES, name_of
+from fxsparse.graph.specialize_output import is_native, rebuilding
+from fxsparse.graph.tracer import is_leaf
 
-_VALUES = frozenset(
-    "item tolist equal allclose is_nonzero __bool__ __int__ __float__ __index__ __complex__ __contains__".split()
-)
-_PROPERTIES = frozenset(
-    "shape size dim ndim ndimension numel nelement stride storage_offset dtype device layout requires_grad is_leaf "
-    "is_contiguous is_floating_point is_complex is_signed is_conj is_neg is_inference is_cuda is_cpu is_meta is_mps "
-    "is_xpu is_sparse is_sparse_csr is_quantized is_nested is_mkldnn is_same_size get_device element_size itemsize "
-    "nbytes type grad_fn grad names has_names result_type can_cast broadcast_shapes __len__ __hash__".split()
-)
-_SIZES = frozenset("shape size numel nelement stride __len__ nbytes".split())
-_SHAPED_BY_VALUES = frozenset(
-    "nonzero argwhere masked_select unique unique_consecutive _unique2 bincount repeat_interleave where histogram "
-    "combinations".split()
-)
 _OPERATORS = {"__getitem__": operator.getitem, "__setitem__": operator.setitem}
 
 
@@ -60,6 +47,7 @@ class CallRecorder(TorchFunctionMode):
         self._nodes: dict[int, tuple[torch.Tensor, fx.Node]] = {}
         self._names = _names_of(model)
         self._sized: set[fx.Node] = set()  # nodes whose shape depends on values
+        self._bare: set[fx.Node] = set()  # nodes without a gradient function
         self._inside = 0
         self._waiting: list[tuple[Any, ...]] = []
 
@@ -98,22 +86,33 @@ class CallRecorder(TorchFunctionMode):
     # inputs
 
     def _add_inputs(self, arguments: dict[str, Any], signature: inspect.Signature) -> None:
-        stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+        stars: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
         made = {}
         for name, value in arguments.items():
             parameter = signature.parameters[name]
             default = () if parameter.default is inspect.Parameter.empty else (parameter.default,)
             made[name] = self.graph.create_node("placeholder", stars.get(parameter.kind, "") + name, default, name=name)
-            for path, leaf in pytree.tree_flatten_with_path(value)[0]:
+            for leaf in pytree.tree_leaves(value):
                 if not (leaf is None or isinstance(leaf, (torch.Tensor, *PLAIN))):
                     kind = type(leaf).__name__
                     raise Untraceable(f"its input `{name}` holds a {kind}, which cannot be guarded", "pass tensors")
-        said = tuple(describe(value) for value in arguments.values())
-        self.graph.call_function(check_inputs, (tuple(made.values()), tuple(made), said))
+        guarded = {name: (made[name], describe(value)) for name, value in arguments.items()}
+        guarded |= self._dtype()
+        nodes, said = zip(*guarded.values(), strict=True) if guarded else ((), ())
+        self.graph.call_function(check_inputs, (nodes, tuple(guarded), said))
         for name, value in arguments.items():
             for path, leaf in pytree.tree_flatten_with_path(value)[0]:
                 if isinstance(leaf, torch.Tensor):
                     self._file(leaf, self._part(made[name], path))
+
+    def _dtype(self) -> dict[str, tuple[fx.Node, str]]:
+        """The dtype of the model, guarded like an input: that of its smallest parameter, no matrix if possible."""
+        floating = [t for t in _own_tensors(self.model) if t.is_floating_point()]
+        if not floating:
+            return {}
+        tensor = min(floating, key=lambda t: (t.ndim >= 2, t.numel()))
+        dtype = self.graph.call_function(getattr, (self._node_of(tensor), "dtype"))
+        return {f"dtype of {self._names[id(tensor)]}": (dtype, describe(tensor.dtype))}
 
     def _part(self, node: fx.Node, path: tuple[Any, ...]) -> fx.Node:
         for key in path:
@@ -178,28 +177,30 @@ class CallRecorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._inside:
             return func(*args, **kwargs)
-        name = _name_of(func)
+        name = name_of(func)
         held = tensors_of((args, kwargs))
         before = [id(tensor) for tensor in held]
-        result_packed = self._packed_call(func, name, args, kwargs) if held or name not in _SILENT else None
+        packed = self._packed_call(func, name, args, kwargs) if held or name not in _SILENT else None
         result = func(*args, **kwargs)
         if tensors_of(result) or (result is None and held and name != "__set__"):
-            assert result_packed is not None
-            node = self.graph.create_node(*result_packed)
-            if name in _SHAPED_BY_VALUES or self._picks_by_values(name, args) or self._any_sized(before):
+            assert packed is not None
+            node = self.graph.create_node(*packed)
+            if name in SHAPED_BY_VALUES or self._picks_by_values(name, args) or self._any_sized(before):
                 self._sized.add(node)
             self._file_all(result, node)
+            if not is_grad_enabled():
+                self._bare.update(self._nodes[id(tensor)][1] for tensor in tensors_of(result))
         elif held:
-            self._observe(name, result_packed, result, before)
+            self._observe(name, packed, result, before)
         return result
 
     def _observe(self, name: str, packed: Any, result: Any, held: list[int]) -> None:
         """A call that gave Python something that is no tensor."""
-        if name in _VALUES or (name in _SIZES and self._any_sized(held)):
+        if name in VALUES or (name in SIZES and self._any_sized(held)):
             read = self.graph.create_node(*packed)
             self.graph.call_function(check_read, (read, repr(result), name.strip("_")))
             self.reads += 1
-        elif name not in _PROPERTIES:
+        elif name not in PROPERTIES:
             raise Untraceable(f"it calls `{name}` of a tensor, which a graph cannot follow", NOTHING)
 
     def _picks_by_values(self, name: str, args: tuple[Any, ...]) -> bool:
@@ -221,9 +222,10 @@ class CallRecorder(TorchFunctionMode):
         return "call_function", func, packed, named
 
     def _detached(self, values: Any, packed: Any) -> Any:
-        """Nothing that runs without gradients passes any on."""
-        wanted = {self._node_of(t) for t in tensors_of(values) if t.requires_grad}
-        made = {node: self.graph.call_method("detach", (node,)) for node in wanted}
+        """Nothing that runs without gradients passes any on, whatever requires them at the next call."""
+        wanted = dict.fromkeys(self._node_of(t) for t in tensors_of(values) if t.is_floating_point() or t.is_complex())
+        made = {node: self.graph.call_method("detach", (node,)) for node in wanted if node not in self._bare}
+        self._bare.update(made.values())
         return fx.node.map_arg(packed, lambda node: made.get(node, node))
 
     # values
@@ -264,8 +266,11 @@ class CallRecorder(TorchFunctionMode):
 
     def _file_all(self, value: Any, node: fx.Node, *, detached: bool = False) -> None:
         if isinstance(value, torch.Tensor):
+            sized = node in self._sized
             if detached and (value.is_floating_point() or value.is_complex()):
                 node = self.graph.call_method("detach", (node,))
+            if sized:
+                self._sized.add(node)
             self._file(value, node)
         elif isinstance(value, tuple | list | dict):
             for key, item in value.items() if isinstance(value, dict) else enumerate(value):
@@ -275,26 +280,25 @@ class CallRecorder(TorchFunctionMode):
                         self._sized.add(part)
                     self._file_all(item, part, detached=detached)
         elif tensors_of(value):
-            raise Untraceable(f"a call inside returns a {type(value).__name__}, which a graph cannot take apart", NOTHING)
+            raise Untraceable(
+                f"a call inside returns a {type(value).__name__}, which a graph cannot take apart", NOTHING
+            )
 
     def _finish(self, output: Any) -> None:
         self._inside += 1  # copying is no part of the model
-        if _is_native(output):
+        if is_native(output):
+            self._refuse_parameters(tensors_of(output))
             self.graph.output(self._packed(output))
             return
-        tensors = {id(t): t for t, _ in self._nodes.values()} | {id(t): t for t in _own_tensors(self.model)}
-        memo: dict[int, Any] = {key: _Marker(tensor) for key, tensor in tensors.items()}
-        try:
-            with _RefusingCopies():
-                marked = copy.deepcopy(output, memo)
-            used: list[_Marker] = []
-            skeleton = copy.deepcopy(marked, {_Marker: used})  # type: ignore[dict-item]  # markers find their list here
-        except Untraceable:
-            raise
-        except Exception as error:
-            raise Untraceable(f"its output, a {type(output).__name__}, cannot be copied ({error})", NOTHING) from error
-        nodes = tuple(self._node_of(marker.tensor) for marker in used)
-        self.graph.output(self.graph.call_function(Rebuild(skeleton, [marker.place for marker in used]), nodes))
+        rebuild, tensors = rebuilding(output, [*(t for t, _ in self._nodes.values()), *_own_tensors(self.model)])
+        self._refuse_parameters(tensors)
+        self.graph.output(self.graph.call_function(rebuild, tuple(map(self._node_of, tensors))))
+
+    def _refuse_parameters(self, output: list[torch.Tensor]) -> None:
+        for tensor in output:
+            if isinstance(tensor, nn.Parameter):
+                name = self._names.get(id(tensor), "?")
+                raise Untraceable(f"it returns the parameter `{name}`, which a mask node would replace", NOTHING)
 
 
 _GRAD_SCOPES = (torch.enable_grad, torch.set_grad_enabled)
@@ -325,38 +329,6 @@ def record_calls(
             raise Untraceable(f"in {mode} mode its run raises {type(error).__name__} ({said})", NOTHING) from error
 
 
-class _Marker:
-    """Stands for a tensor while its output is copied."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
-        self.place = Placeholder()
-
-    def __deepcopy__(self, memo: dict[Any, Any]) -> Placeholder:
-        used: list[_Marker] = memo[_Marker]
-        self.place.key = len(used)
-        used.append(self)
-        return self.place
-
-
-class _RefusingCopies(TorchFunctionMode):
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if _name_of(func) == "__deepcopy__":
-            raise Untraceable("its output holds a tensor that no recorded function made", NOTHING)
-        return func(*args, **(kwargs or {}))
-
-
-def _is_native(value: Any) -> bool:
-    """Whether fx can write the output down as it is."""
-    if type(value) in (tuple, list):
-        return all(map(_is_native, value))
-    if type(value) is dict:
-        return all(type(key) is str for key in value) and all(map(_is_native, value.values()))
-    return value is None or isinstance(value, (torch.Tensor, *PLAIN))
-
-
 def _own_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
     yield from model.parameters()
     yield from model.buffers()
@@ -372,14 +344,6 @@ def _names_of(model: nn.Module) -> dict[int, str]:
             if isinstance(value, torch.Tensor):
                 names.setdefault(id(value), f"{path}.{name}".lstrip("."))
     return names
-
-
-def _name_of(func: Any) -> str:
-    name = str(getattr(func, "__name__", ""))
-    if name == "__get__":
-        owner = func.__self__
-        return str(getattr(owner, "__name__", "") or getattr(getattr(owner, "fget", None), "__name__", ""))
-    return name.split(".")[0] if isinstance(func, torch._ops.OpOverload) else name
 
 
 def _python_generators() -> tuple[Any, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,7 @@ from fxsparse.graph.captured import CapturedModule, SignatureCodeGen
 from fxsparse.graph.guards import NOTHING, Untraceable, noticing_modes, refusing_contexts, unchanged
 from fxsparse.graph.scopes import mode_of, preserved_rng, rng_fingerprint
 
-_OVERRIDES = (
-    "__call__",
+INHERITED = (
     "train",
     "eval",
     "_apply",
@@ -37,6 +36,11 @@ _OVERRIDES = (
     "named_children",
     "requires_grad_",
     "zero_grad",
+)
+"""Overrides that stay in force where a captured module inherits from the class."""
+_OVERRIDES = (
+    *INHERITED,
+    "__call__",
     "__getattr__",
     "__setattr__",
     "__deepcopy__",
@@ -206,8 +210,12 @@ class _Tracer(fx.Tracer):
         return super().create_arg(a)
 
 
-def check_root(module: nn.Module) -> None:
+def check_root(module: nn.Module, kept: Collection[str] = ()) -> None:
     """Refuse a module whose class or instance a GraphModule could not stand for.
+
+    Args:
+        module: the module.
+        kept: what its class may override.
 
     Raises:
         Untraceable: with the reason and the mend.
@@ -216,6 +224,8 @@ def check_root(module: nn.Module) -> None:
     if "forward" in module.__dict__:
         raise Untraceable("`forward` was replaced on the instance", "override it in a subclass")
     for name in _OVERRIDES:
+        if name in kept:
+            continue
         if inspect.getattr_static(kind, name, None) is not inspect.getattr_static(nn.Module, name, None):
             raise Untraceable(f"its class overrides `{name}`, which a graph would lose", NOTHING)
     if parametrize.is_parametrized(module):

@@ -8,6 +8,7 @@ from fxsparse.nn.conv import Conv3d as Conv3d
 from fxsparse.nn.conv import ConvTranspose1d as ConvTranspose1d
 from fxsparse.nn.conv import ConvTranspose2d as ConvTranspose2d
 from fxsparse.nn.conv import ConvTranspose3d as ConvTranspose3d
+from fxsparse.nn.effective import alive_gains as alive_gains
 from fxsparse.nn.effective import fold_effective as fold_effective
 from fxsparse.nn.effective import mask_effective as mask_effective
 from fxsparse.nn.effective import unmask_effective as unmask_effective

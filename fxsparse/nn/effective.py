@@ -68,22 +68,47 @@ def fold_effective(module: nn.Module, attribute: str) -> dict[str, Tensor] | Non
     weight = module._parameters[attribute]
     assert weight is not None
     values = torch.where(mask_of(module, attribute), weight.detach(), 0.0)
+    gain = _gain(module, attribute)
     if isinstance(module, parametrize.ParametrizationList):
         if not all(keeps_zeros(step) for step in module):
             return None
-        first = module[0]
-        if not isinstance(first, _WeightNorm):
+        if gain is None:
             return {attribute: values}
-        scale, dim = "original0", first.dim
-    else:
-        norm = weight_norm_hook(module, attribute)[1]
-        if norm is None:
-            return None
-        scale, dim = f"{norm.name}_g", norm.dim
-    gain = module._parameters[scale]
-    assert gain is not None
+    elif gain is None:
+        return None
+    scale, dim = gain
+    magnitude = module._parameters[scale]
+    assert magnitude is not None
     lost = _is_zero(values, dim)  # no alive entry: g = 0 and any direction
-    return {attribute: torch.where(lost, 1.0, values), scale: torch.where(lost.reshape(gain.shape), 0.0, gain.detach())}
+    kept = torch.where(lost.reshape(magnitude.shape), 0.0, magnitude.detach())
+    return {attribute: torch.where(lost, 1.0, values), scale: kept}
+
+
+def alive_gains(model: nn.Module) -> dict[str, Tensor]:
+    """By the name of each g of a masked weight norm: which of its entries have an alive entry in their slice.
+
+    The others have no influence and no gradient while the weight is masked; folded, they have a dense gradient, as
+    dead entries do.
+    """
+    found = {}
+    for path, module in model.named_modules():
+        for attribute, slot in slots_of(module).items():
+            gain = _gain(module, attribute) if slot.spec.route is Route.EFFECTIVE else None
+            if gain is not None:
+                magnitude = module._parameters[gain[0]]
+                assert magnitude is not None
+                alive = ~_is_zero(mask_of(module, attribute), gain[1])
+                found[f"{path}.{gain[0]}" if path else gain[0]] = alive.reshape(magnitude.shape)
+    return found
+
+
+def _gain(module: nn.Module, attribute: str) -> tuple[str, int] | None:
+    """The attribute of g, and the axis of its slices, where this attribute is the v of a weight norm."""
+    if isinstance(module, parametrize.ParametrizationList):
+        first = module[0]
+        return ("original0", first.dim) if isinstance(first, _WeightNorm) else None
+    norm = weight_norm_hook(module, attribute)[1]
+    return None if norm is None else (f"{norm.name}_g", norm.dim)
 
 
 def unmask_effective(module: nn.Module, attribute: str) -> None:

@@ -20,7 +20,8 @@ def masked_weight(weight: Shaped[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]
     """The weight with its dead entries read as exact zeros: where(mask, weight, 0).
 
     The result equals `weight` bit for bit where the mask is True, whatever stands at dead entries (NaN included), and
-    the gradient that reaches `weight` is where(mask, G, 0) for the dense gradient G of the result. Tracers and
+    the gradient that reaches `weight` is where(mask, G, 0) for the dense gradient G of the result. Without gradients
+    the result is marked like `weight`, because torch chooses kernels by `requires_grad` even there. Tracers and
     `TorchFunctionMode`s see one call of this function, not its body.
 
     Args:
@@ -35,10 +36,34 @@ def masked_weight(weight: Shaped[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]
         extra = () if sink is None else (sink,)
         masked: Tensor = handle_torch_function(masked_weight, (weight, mask), weight, mask, *extra)
         return masked
+    if not torch.is_grad_enabled() and weight.requires_grad and not _leaves_flags():
+        return _marked(weight, mask)
     result = torch.where(mask, weight, 0.0)
     if _collecting:
         _watch(result, mask if sink is None else sink)
     return result
+
+
+def _marked(weight: Tensor, mask: Tensor) -> Tensor:
+    """The masked weight without gradients, of the kind that torch takes for a parameter."""
+    if torch.is_inference_mode_enabled() and not weight.is_inference():
+        with torch.inference_mode(False), torch.no_grad():
+            return torch.where(mask, weight, 0.0).requires_grad_(True)
+    return torch.where(mask, weight, 0.0).requires_grad_(True)
+
+
+def _leaves_flags() -> bool:
+    """Whether results keep the flag that torch gives them: while they are traced or transformed, and under autocast.
+
+    There is nothing to choose by it there: autocast casts weights, which drops the flag without gradients, and would
+    keep the cast of every tensor that has it.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._is_any_autocast_enabled()
+    )
 
 
 @_disable_dynamo  # hooks on intermediates cannot be compiled: while a collector is active, the graph breaks here

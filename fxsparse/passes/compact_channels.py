@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,14 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxsparse.errors import CaptureError, DataError, PassError
+from fxsparse.errors import CaptureError, DataError, FxSparseError, PassError
 from fxsparse.graph import split_inputs
 from fxsparse.graph.channels import Channels, analyse, closed_paths
+from fxsparse.graph.mishaps import mishap
 from fxsparse.graph.operators import OperatorGraph, operator_graph
+from fxsparse.nn.masked import mask_name
+from fxsparse.nn.slot import slots_of
 from fxsparse.passes.compact_apply import shorten
 from fxsparse.passes.compact_constants import propagate
 from fxsparse.passes.compact_shapes import rewrite
-from fxsparse.passes.compact_solve import Place, Solution, Solver
+from fxsparse.passes.compact_solve import NOTHING, Place, Solution, Solver
 from fxsparse.passes.compact_verify import difference, outputs, owned_copy
 
 TOLERANCE = 1e-12
@@ -35,7 +39,10 @@ Cluster = tuple[Place, ...]
 
 @dataclass(frozen=True)
 class Refused:
-    """Dimensions that were left whole, because the model did not run, or not equally, without the dead channels."""
+    """Dimensions that were left whole, because the model did not run, or not equally, without the dead channels.
+
+    No places means all.
+    """
 
     places: Cluster
     reason: str
@@ -43,7 +50,7 @@ class Refused:
     def __str__(self) -> str:
         shown = ", ".join(f"{name}[{dim}]" for name, dim in self.places[:3])
         more = f" and {len(self.places) - 3} more" if len(self.places) > 3 else ""
-        return f"{shown}{more} left whole: {self.reason}"
+        return f"{shown or 'everything'}{more} left whole: {self.reason}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +60,7 @@ class Compacted:
     Attributes:
         module: the model, with tensors of its own.
         solution: what was removed.
-        channels: the analysis.
+        channels: the analysis; None where it failed.
         refused: what was left whole after a failed comparison.
         loosened: masks that became unstructured because their pattern does not fit the shorter weight.
         dtype: the dtype of the comparison; None = the model's own.
@@ -63,7 +70,7 @@ class Compacted:
 
     module: nn.Module
     solution: Solution
-    channels: Channels = field(repr=False)
+    channels: Channels | None = field(repr=False, default=None)
     refused: tuple[Refused, ...] = ()
     loosened: tuple[str, ...] = ()
     dtype: torch.dtype | None = None
@@ -74,7 +81,8 @@ class Compacted:
 def compact_channels(model: nn.Module, folded: nn.Module, example_inputs: Any) -> Compacted:
     """Take the channels out of `model` that `folded`, the same model without masks, shows to be superfluous.
 
-    Both stay as they are.
+    Both stay as they are. An error inside the analysis leaves the dimension that it was about whole, or everything,
+    with a warning.
 
     Raises:
         CaptureError: when the model cannot be run.
@@ -83,10 +91,31 @@ def compact_channels(model: nn.Module, folded: nn.Module, example_inputs: Any) -
     """
     args, kwargs = split_inputs(example_inputs)
     graph = operator_graph(folded, example_inputs, routes=("recorder",))
-    channels = analyse(graph, closed_paths(folded), _train_graphs(folded, example_inputs, graph))
+    try:
+        solver = _solver(folded, example_inputs, graph)
+        return _Search(model, solver, args, kwargs).run()
+    except FxSparseError:
+        raise
+    except Exception as error:
+        return Compacted(owned_copy(model), NOTHING, refused=(Refused((), mishap("the analysis", error)),))
+
+
+def _solver(folded: nn.Module, example_inputs: Any, graph: OperatorGraph) -> Solver:
+    channels = analyse(graph, closed_paths(folded), _train_graphs(folded, example_inputs, graph), _read_masks(folded))
     tensors = {**dict(folded.named_parameters()), **dict(folded.named_buffers())}
     known = {node: found for each in channels.graphs for node, found in propagate(each, tensors).items()}
-    return _Search(model, Solver(channels, known), args, kwargs).run()
+    return Solver(channels, known)
+
+
+def _read_masks(folded: nn.Module) -> tuple[tuple[str, str], ...]:
+    """Masks that could not be folded, with the parameters that they mask: both have the same channels."""
+    parameters = {id(parameter): name for name, parameter in folded.named_parameters()}
+    buffers = {id(buffer): name for name, buffer in folded.named_buffers()}
+    return tuple(
+        (buffers[id(module._buffers[mask_name(attribute)])], parameters[id(module._parameters[attribute])])
+        for module in folded.modules()
+        for attribute in slots_of(module)
+    )
 
 
 def _train_graphs(folded: nn.Module, example_inputs: Any, graph: OperatorGraph) -> tuple[OperatorGraph, ...]:
@@ -106,6 +135,7 @@ class _Search:
         self.dtype: torch.dtype | None = torch.float64
         self.wide, self.expected = self._reference()
         self.attempts, self.worst = 0, 0.0
+        self.equal: Solution | None = None  # the last one that was found equal
         self.trained: list[Tensor] | str | None = None
         self.train_note = ""
         self.refused: list[Refused] = []
@@ -118,7 +148,14 @@ class _Search:
         except Exception:  # whatever a model raises that fixes its dtype
             self.dtype = None
             wide = owned_copy(self.model)
-            return wide, self._outputs(wide, False)
+            return wide, self._again(wide)
+
+    def _again(self, model: nn.Module) -> list[Tensor]:
+        """Outputs in eval mode of a model that has run before."""
+        try:
+            return self._outputs(model, False)
+        except Exception as error:
+            raise CaptureError(f"the model does not run twice: {type(error).__name__}: {_first_line(error)}") from error
 
     def _outputs(self, model: nn.Module, training: bool) -> list[Tensor]:
         return outputs(model, *self.inputs, training, self.dtype)
@@ -140,13 +177,13 @@ class _Search:
             middle = len(clusters) // 2
             self._grow(clusters[:middle], clusters, accepted)
             self._grow(clusters[middle:], clusters, accepted)
-        return self._finish(self._solve(clusters, accepted))
+        return self._finish(self.equal or dataclasses.replace(NOTHING, blocked=solution.blocked))
 
     def _check_reference(self) -> None:
         for index, output in enumerate(self.expected):
             if output.is_floating_point() and not bool(torch.isfinite(output).any()) and output.numel():
                 raise DataError(f"output {index} holds no finite number, so equality cannot be shown: mend the model")
-        worst = difference(self.expected, self._outputs(self.wide, False))
+        worst = difference(self.expected, self._again(self.wide))
         if worst > self._allowed():
             raise PassError(f"compact: the model does not repeat itself from the same seed (by {worst:.3g})")
 
@@ -156,10 +193,6 @@ class _Search:
         found = [output.dtype for output in self.expected if output.is_floating_point()]
         return _NATIVE * max((torch.finfo(dtype).eps for dtype in found), default=0.0)
 
-    def _solve(self, clusters: Sequence[Cluster], accepted: Sequence[Cluster]) -> Solution:
-        chosen = {place for cluster in accepted for place in cluster}
-        return self.solver.solve({place for cluster in clusters for place in cluster} - chosen)
-
     def _grow(self, candidates: Sequence[Cluster], clusters: Sequence[Cluster], accepted: list[Cluster]) -> None:
         """Add those of the candidates that keep the model equal."""
         if not candidates:
@@ -167,7 +200,7 @@ class _Search:
         if self.attempts >= _ATTEMPTS:
             self.refused += [Refused(cluster, "not tried: too many others failed") for cluster in candidates]
             return
-        error = self._attempt(self._solve(clusters, [*accepted, *candidates]))
+        error = self._attempt_with([*accepted, *candidates], clusters)
         if error is None:
             accepted.extend(candidates)
         elif len(candidates) == 1:
@@ -177,12 +210,24 @@ class _Search:
             self._grow(candidates[:middle], clusters, accepted)
             self._grow(candidates[middle:], clusters, accepted)
 
+    def _attempt_with(self, chosen: Sequence[Cluster], clusters: Sequence[Cluster]) -> str | None:
+        """The same for the most that can go when all other clusters stay."""
+        wanted = {place for cluster in chosen for place in cluster}
+        try:
+            solution = self.solver.solve({place for cluster in clusters for place in cluster} - wanted)
+        except Exception as error:
+            return mishap("the search for what can go", error)
+        return self._attempt(solution)
+
     def _attempt(self, solution: Solution) -> str | None:
         """Why the model is not equal without these channels; None where it is."""
         self.attempts += 1
         candidate = owned_copy(self.wide)
         try:
             self._shorten(candidate, solution)
+        except Exception as error:
+            return mishap("the shortening", error)
+        try:
             worst = difference(self.expected, self._outputs(candidate, False))
         except Exception as error:  # whatever the shortened model raises
             return f"{type(error).__name__} ({_first_line(error)})"
@@ -196,7 +241,7 @@ class _Search:
             except Exception as error:
                 return f"train mode: {type(error).__name__} ({_first_line(error)})"
             self.train_note = self._train_note(self.trained, found)
-        self.worst = worst
+        self.worst, self.equal = worst, solution
         return None
 
     def _trained(self) -> list[Tensor] | str:
@@ -224,8 +269,12 @@ class _Search:
         return shorten(model, solution.kept, solution.folds, solution.merges)
 
     def _finish(self, solution: Solution) -> Compacted:
-        module = owned_copy(self.model)
-        loosened = self._shorten(module, solution) if solution.kept else ()
+        module, loosened = owned_copy(self.model), tuple[str, ...]()
+        try:
+            loosened = self._shorten(module, solution) if solution.kept else ()
+        except Exception as error:
+            self.refused = [Refused((), mishap("the last shortening", error))]
+            module, solution = owned_copy(self.model), NOTHING
         notes: tuple[str, ...] = ()
         if solution.kept:
             notes = (self.trained if isinstance(self.trained, str) else self.train_note,)

@@ -20,6 +20,7 @@ from fxsparse.graph import edit, graphs_of
 from fxsparse.graph.channels import Channels
 from fxsparse.graph.channels_atoms import Labels
 from fxsparse.graph.channels_flow import bound, op_of, shape_of
+from fxsparse.nn import masked_weight
 from fxsparse.passes.compact_sinks import Bools
 
 _STATED = frozenset(
@@ -90,6 +91,8 @@ def _operand(sizes: Sizes, path: str, node: fx.Node) -> fx.Node | None:
     first = node.args[0] if node.args else node.kwargs.get("input")
     if not isinstance(first, fx.Node):
         return None
+    if first.target is masked_weight:  # the folded model, which was run, has the weight itself here
+        first = first.all_input_nodes[0]
     values = sizes.values(path, first.name)
     return values[0] if values and isinstance(values[0], fx.Node) else None
 

@@ -106,7 +106,7 @@ class _Finder:
         if name == "linear":
             a = bound(node)
             self._product(node, a["input"], -1, a["weight"], -1, a["bias"])
-        elif name in ("matmul", "mm", "bmm"):
+        elif name in ("matmul", "mm", "bmm", "mv", "dot"):
             left, right = tensor_arguments(node)[:2]
             self._matmul(node, left, right, None)
         elif name == "addmm":
@@ -201,7 +201,9 @@ class _Finder:
         blocked: str,
     ) -> None:
         flat = taps.reshape(*taps.shape[:3], -1)
+        total = flat.sum(-1).double().numpy()
         known, value = self._constants(x, axis, inputs.size)
+        known = known.reshape(inputs.shape) & np.isfinite(total).all(1)  # even 0 times infinity is something
         name = self.channels.source(weight) if weight.op == "get_attr" else None
         if name is not None and self.home[name] is not node.graph:
             return
@@ -213,8 +215,8 @@ class _Finder:
                 inputs=inputs,
                 outputs=outputs,
                 alive=(flat != 0).any(-1).numpy(),
-                total=flat.sum(-1).double().numpy(),
-                known=known.reshape(inputs.shape),
+                total=total,
+                known=known,
                 value=value.reshape(inputs.shape),
                 fold=fold,
                 blocked=blocked,

@@ -83,6 +83,10 @@ class Solution:
     sinks: list[Sink] = field(repr=False, default_factory=list)
 
 
+NOTHING = Solution(np.zeros(0, dtype=bool), {}, {}, (), (), ())
+"""Nothing goes."""
+
+
 class Solver:
     """Solves for one model; several times, where some places must be left alone.
 
@@ -221,7 +225,9 @@ class Solver:
         blocked: list[Blocked] = []
         for sink in self.sinks:
             gone = removed[self.classes[sink.inputs]]
-            delta = np.einsum("goi,gi->go", sink.total, np.where(gone & sink.known, sink.value, 0.0)).reshape(-1)
+            taken = gone & sink.known & (sink.value != 0)
+            weights = np.where(taken[:, None, :], sink.total, 0.0)  # infinite weights of others are no concern
+            delta = np.einsum("goi,gi->go", weights, np.where(taken, sink.value, 0.0)).reshape(-1)
             if sink.fold is not None and delta.any():
                 folds[sink.fold.name] = folds.get(sink.fold.name, 0.0) + sink.fold.sign * delta
             used: Bools = np.any(sink.alive & ~removed[self.classes[sink.outputs]][:, :, None], axis=1)

@@ -38,7 +38,8 @@ class FoldMasks(Pass):
        `masked_weights` goes on naming it, and the record says so.
     6. Any other mask: the buffer and the hooks go.
 
-    Gradients of dead entries, which the masks hid, are dense afterwards. While the input lives, its own guards stay on
+    Gradients of dead entries, which the masks hid, are dense afterwards, and so are those of the g of a slice without
+    alive entries. While the input lives, its own guards stay on
     the parameters that it shares with the result; `finalize` takes them off.
     """
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-from fxsparse.errors import ConfigError
+from fxsparse.errors import ConfigError, PassError
 from fxsparse.graph import edit, weight_uses
+from fxsparse.graph.derivations import KEEPS_ZEROS, PRODUCTS, mask_place
+from fxsparse.graph.match import op_name
 from fxsparse.nn import Route, install_mask, mask_effective, mask_name, mask_spec, masked_weight
 from fxsparse.passes.places import owner_of
 from fxsparse.passes.snapshot import graphs_of
@@ -17,8 +19,9 @@ class MaskEffective(SpecPass):
     """Masks a parameter and the weight that is made from it.
 
     1. The parameter gets a mask and a guard of its gradient, so that it is zero at dead entries.
-    2. A graph reads it: a mask node is born behind the last node of each chain of parameter-only nodes that leads to a
-       product, and all readers of that node read the masked one.
+    2. A graph reads it: in each chain of parameter-only nodes that leads to a product and does not keep zeros, a mask
+       node is born behind the node whose entries stand where the parameter's do (`mask_place`), and all readers of that
+       node read the masked one.
     3. A parametrization, a weight norm, or a forward in Python: `mask_effective`.
 
     Args:
@@ -43,12 +46,14 @@ class MaskEffective(SpecPass):
                 self.record(name, "masked under another name of its module")
                 continue
             install_mask(owner, attribute, spec)  # case 1
-            ends = chains.get(id(owner._parameters[attribute]), {})
-            for end, (found, read) in ends.items():  # case 2
+            ends = chains.get(id(owner._parameters[attribute]))
+            for end, (found, read) in (ends or {}).items():  # case 2
                 self._insert(found, end, read, name)
-            count = len(ends)
-            if count:
-                self.record(name, f"{count} mask node{'s' if count > 1 else ''} behind its computation, {spec.pattern}")
+            if ends:
+                nodes = f"{len(ends)} mask node{'s' if len(ends) > 1 else ''}"
+                self.record(name, f"{nodes} behind its computation, {spec.pattern}")
+            elif ends is not None:
+                self.record(name, f"its zeros are zeros of what is computed from it, {spec.pattern}")
             else:  # case 3
                 mask_effective(owner, attribute)
                 self.record(name, f"masked behind the computation of {type(owner).__name__}, {spec.pattern}")
@@ -80,11 +85,21 @@ class MaskEffective(SpecPass):
 
 
 def _chains(module: nn.Module) -> dict[int, dict[fx.Node, tuple[fx.GraphModule, fx.Node]]]:
-    """For each parameter (by identity): the last nodes of its chains to products, each with its graph and the read."""
+    """For each parameter (by identity) that a graph computes weights from: where masks go, with the graph and the read.
+
+    A chain that keeps zeros needs no mask, and one through a product is no weight of the parameter.
+    """
     found: dict[int, dict[fx.Node, tuple[fx.GraphModule, fx.Node]]] = {}
     for graph in graphs_of(module).values():
         for use in weight_uses(graph):
-            if use.views:
-                ends = found.setdefault(id(graph.get_parameter(use.parameter)), {})
-                ends[use.views[-1]] = (graph, use.read)
+            names = [op_name(view) for view in use.views]
+            if not names or PRODUCTS & set(names):
+                continue
+            parameter = graph.get_parameter(use.parameter)
+            ends = found.setdefault(id(parameter), {})
+            place = mask_place(names, parameter.shape)
+            if place is not None:
+                ends[use.views[place]] = (graph, use.read)
+            elif not KEEPS_ZEROS.issuperset(names):
+                raise PassError(f"`{use.parameter}` is moved by {', '.join(names)}, so no mask fits behind; exclude it")
     return found

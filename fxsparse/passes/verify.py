@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fxsparse.errors import PassError
-from fxsparse.graph import fresh_inputs, isolated_clone, split_inputs
+from fxsparse.errors import CaptureError, PassError
+from fxsparse.graph import fresh_inputs, isolated_clone, specialisation, split_inputs
 from fxsparse.graph.inputs import opened, tensors_of
 from fxsparse.graph.scopes import mode_of, seeded
+from fxsparse.nn import alive_gains
 from fxsparse.nn import masks as masks_of
 from fxsparse.passes.equivalence import DIFFERENT, EXACT, Close, Equivalence
 
@@ -87,7 +88,8 @@ def verify_equal(
     if isinstance(equivalence, DIFFERENT):
         return Verification(notes=(f"not compared: {equivalence.reason}",))
     args, kwargs = split_inputs(example_inputs)
-    dtype = torch.float64 if _runs(before, args, kwargs) else None
+    same_dtype_only = specialisation(after) is not None and _refuses(after, args, kwargs)
+    dtype = torch.float64 if not same_dtype_only and _runs(before, args, kwargs) else None
     report = Verification(dtype=dtype)
     for training in (False, True):
         report = _verify_mode(before, after, (args, kwargs), training, dtype, equivalence, report)
@@ -96,6 +98,11 @@ def verify_equal(
 
 def _runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return _observe(model, args, kwargs, False, torch.float64).error is None
+
+
+def _refuses(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the guards of a specialised graph do not let float64 inputs in."""
+    return isinstance(_observe(model, args, kwargs, False, torch.float64).error, CaptureError)
 
 
 def _verify_mode(
@@ -193,9 +200,11 @@ def _backward(outputs: Any) -> None:
 
 
 def _alive(before: nn.Module, after: nn.Module) -> Mapping[str, Tensor]:
-    alive = dict(masks_of(before))
-    for name, mask in masks_of(after).items():
-        alive[name] = mask & alive[name] if name in alive else mask
+    """The entries whose gradients are compared: those that are alive in both models, and g of slices that are."""
+    alive: dict[str, Tensor] = {}
+    for model in (before, after):
+        for name, mask in {**masks_of(model), **alive_gains(model)}.items():
+            alive[name] = mask & alive[name] if name in alive else mask
     return alive
 
 

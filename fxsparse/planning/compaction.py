@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from fxsparse.errors import CaptureError, ConfigError
 from fxsparse.graph import capture, count, graphs_of
+from fxsparse.graph.mishaps import mishap
 from fxsparse.nn import masked_weights
 from fxsparse.passes.compact_channels import Compacted, compact_channels
 from fxsparse.passes.compact_solve import Place
@@ -174,7 +175,7 @@ def _report(model: nn.Module, found: Compacted, example_inputs: Any) -> Compacti
     solution, channels = found.solution, found.channels
     sizes = {
         (name, dim): labels.size
-        for name, dims in channels.sources.items()
+        for name, dims in (channels.sources.items() if channels is not None else ())
         for dim, labels in enumerate(dims)
         if labels is not None
     }
@@ -199,7 +200,7 @@ def _report(model: nn.Module, found: Compacted, example_inputs: Any) -> Compacti
         macs=_macs(model, found.module, example_inputs),
         kept=tuple(map(str, solution.blocked)),
         refused=tuple(map(str, found.refused)),
-        barriers=tuple(dict.fromkeys(map(str, channels.barriers))),
+        barriers=tuple(dict.fromkeys(map(str, channels.barriers if channels is not None else ()))),
         notes=tuple(notes),
         worst=found.worst,
     )
@@ -223,4 +224,7 @@ def _macs(before: nn.Module, after: nn.Module, example_inputs: Any) -> tuple[int
     try:
         return count(before, example_inputs).macs_dense, count(after, example_inputs).macs_dense
     except CaptureError:
+        return None
+    except Exception as error:
+        mishap("counting", error)
         return None

@@ -13,10 +13,11 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from fxsparse.graph.derivations import FLIPS, KEEPS_ZEROS, PRODUCTS, mask_place
 from fxsparse.graph.scopes import preserved_rng
 from fxsparse.nn import weight_norm_hook
 from fxsparse.nn.effective import TAKES_WEIGHT, MaskedForward, keeps_zeros
-from fxsparse.planning.usage import KEEPS_ZEROS, PRODUCTS, Usage
+from fxsparse.planning.usage import Usage
 
 
 class Role(enum.Enum):
@@ -71,18 +72,29 @@ def derivation(
         found = _hooked(name, module, attribute)
         if found is not None:
             return found
-    lossy = [usage for usage in usages if usage.op in PRODUCTS and set(usage.derived) - KEEPS_ZEROS]
+    products = [usage for usage in usages if usage.op in PRODUCTS and usage.weight]
+    lossy = [usage for usage in products if set(usage.derived) - KEEPS_ZEROS]
     if not lossy:
         return Derivation()
     first = next(op for op in lossy[0].derived if op not in KEEPS_ZEROS)
     by = f"`{first}`"
     shape = tuple(parameter.shape)
-    if any(usage.seen is not None and usage.seen != shape for usage in lossy):
-        scales = all(usage.seen is None or _numel(usage.seen) != parameter.numel() for usage in lossy)
-        return Derivation(Role.PART if scales else Role.LOST, by, keeps=False)
-    if in_graph or _masked_in_forward(model, owners, shape, usages):
+    if all(usage.seen is not None and _numel(usage.seen) != parameter.numel() for usage in lossy):
+        return Derivation(Role.PART, by, keeps=False)
+    masked = all(_fits(usage, shape, in_graph) for usage in lossy)
+    if masked and (in_graph or _masked_in_forward(model, owners, shape, usages)):
         return Derivation(Role.EFFECTIVE, by, keeps=False)
     return Derivation(Role.LOST, by, keeps=False)
+
+
+def _fits(usage: Usage, shape: tuple[int, ...], in_graph: bool) -> bool:
+    """Whether a mask of this shape fits behind an operation of the chain; in Python only the last one will do."""
+    place, end = mask_place(usage.derived, shape), len(usage.derived) - 1
+    if place is None or (place < end and not in_graph):
+        return False
+    if usage.seen is None or usage.seen == shape:
+        return True
+    return place < end and _numel(usage.seen) == _numel(shape)
 
 
 def _numel(shape: Sequence[int]) -> int:
@@ -151,4 +163,5 @@ def _masked_in_forward(
     alone = sum(tuple(other.shape) == shape for other in module.parameters()) == 1
     replaced = "forward" in module.__dict__ and not isinstance(module.__dict__["forward"], MaskedForward)
     inside = all(usage.module == path and usage.op in functions and usage.weight for usage in products)
-    return alone and inside and not replaced and getattr(module, "_compiled_call_impl", None) is None
+    turned = any(FLIPS & set(usage.derived) and set(usage.derived) <= KEEPS_ZEROS for usage in products)
+    return alone and inside and not turned and not replaced and getattr(module, "_compiled_call_impl", None) is None

@@ -6,19 +6,14 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from fxsparse.graph.derivations import CONVS, FLIPS, MOVES, PICKS, TRANSPOSED
 from fxsparse.nn import layout_of
 from fxsparse.sparsity import Layout
 
-CONVS = tuple(f"conv{n}d" for n in (1, 2, 3))
-TRANSPOSED = tuple(f"conv_transpose{n}d" for n in (1, 2, 3))
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 ON_THE_RIGHT = ("other", "mat2", "batch2", "b", "mat_b")
 ON_THE_LEFT = ("input", "mat", "mat1", "batch1", "a", "mat_a")
 ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-
-MOVES = frozenset("to float double half bfloat16 type type_as contiguous clone detach requires_grad view_as".split())
-FLIPS = frozenset("t T mT transpose swapaxes swapdims".split())
-PICKS = frozenset("getitem select unbind index_select split chunk narrow expand expand_as unsqueeze squeeze".split())
 
 _CUTS = frozenset("chunk split getitem narrow unbind".split())
 _GATES = ((nn.LSTM, 4), (nn.LSTMCell, 4), (nn.GRU, 3), (nn.GRUCell, 3))

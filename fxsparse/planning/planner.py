@@ -60,6 +60,7 @@ class Plan:
         captured: The model as captured; it shares all tensors with the model that was planned.
         example_inputs: The example inputs, or None.
         notes: What could not be compared on the example inputs, and why.
+        specialised: To what the graph is specialised, in words; None when it holds for every input.
     """
 
     weights: tuple[WeightPlan, ...]
@@ -69,6 +70,7 @@ class Plan:
     origin: nn.Module = field(repr=False)
     example_inputs: Any = field(default=None, repr=False)
     notes: tuple[str, ...] = ()
+    specialised: str | None = None
 
     @property
     def masked(self) -> tuple[WeightPlan, ...]:
@@ -168,6 +170,7 @@ class Plan:
         lines.append(
             f"{len(self.masked)} of {len(self.weights)} weights masked; {alive} of {total} elements alive in them"
         )
+        lines += [self.specialised] if self.specialised else []
         lines += map(str, self.refusals)
         lines += [f"not compared: {note}" for note in self.notes]
         return "\n".join(lines)
@@ -187,6 +190,7 @@ def plan(
     include: Selector | Iterable[Selector] | None = None,
     exclude: Selector | Iterable[Selector] | None = None,
     fisher: object = None,
+    specialize: bool = False,
 ) -> Plan:
     """Decide for every weight whether and how it is masked; the model stays as it is.
 
@@ -205,6 +209,9 @@ def plan(
             functions of (name, parameter, module). A parameter of fewer than two axes must be named in full.
         exclude: What to leave out, written in the same ways.
         fisher: Fisher information to score by; not available in this version.
+        specialize: Let a model that no generic graph can hold become one graph for inputs like the example's, so that
+            weights in functional calls get mask nodes; other inputs then raise CaptureError (see
+            `fxsparse.graph.capture`). Where that cannot be done the plan's refusals say why.
 
     Raises:
         ConfigError: an option out of range, a selector that names nothing, a wrapped or already masked model, no weight
@@ -212,7 +219,9 @@ def plan(
         CaptureError: a scripted model, or one that cannot be copied.
         DataError: a chosen weight holds NaN or infinity.
     """
-    return decide(model, example_inputs, Options(sparsity, pattern, distribution, include, exclude, fisher))[0]
+    return decide(
+        model, example_inputs, Options(sparsity, pattern, distribution, include, exclude, fisher, specialize)
+    )[0]
 
 
 @dataclass(frozen=True)
@@ -225,6 +234,7 @@ class Options:
     include: Selector | Iterable[Selector] | None
     exclude: Selector | Iterable[Selector] | None
     fisher: object
+    specialize: bool = False
 
 
 def decide(model: nn.Module, example_inputs: Any, options: Options, *, compare: bool = True) -> tuple[Plan, Capture]:
@@ -237,7 +247,7 @@ def decide(model: nn.Module, example_inputs: Any, options: Options, *, compare: 
     check_sparsity(sparsity)
     check_options(pattern, options.distribution, options.fisher)
     check_model(model)
-    captured = capture(model, example_inputs, compare=compare)
+    captured = capture(model, example_inputs, compare=compare, specialize=options.specialize)
     weights = describe_weights(model, captured)
     chosen = choose(model, weights, options.include, options.exclude)
     check_values([weight for weight in weights if weight.name in chosen], sparsity)
@@ -245,7 +255,8 @@ def decide(model: nn.Module, example_inputs: Any, options: Options, *, compare: 
     plans = tuple(_planned(weight, chosen, pattern, targets) for weight in weights if _shown(weight, chosen))
     refusals = (*captured.refusals, *quantised_parts(model))
     notes = () if captured.reference is None else captured.reference.notes
-    return Plan(plans, refusals, float(sparsity), captured.module, model, example_inputs, notes), captured
+    done = Plan(plans, refusals, float(sparsity), captured.module, model, example_inputs, notes, captured.specialised)
+    return done, captured
 
 
 def _targets(

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass_type
 
+from fxsparse.graph.derivations import PRODUCTS
 from fxsparse.nn import mask_name
 from fxsparse.passes.places import split_name
 from fxsparse.planning.derived import Derivation, Role
 from fxsparse.planning.layouts import ATTENTION, LAYERS, module_layout
-from fxsparse.planning.usage import PRODUCTS, Usage, common_layout
+from fxsparse.planning.usage import Usage, common_layout
 from fxsparse.sparsity import Layout
 
 ASK = "name it with `include` to mask it"

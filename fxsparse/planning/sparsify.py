@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from fxsparse.errors import ConfigError, PassError
-from fxsparse.graph import isolated_clone
+from fxsparse.graph import isolated_clone, specialisation
 from fxsparse.nn import MaskedWeight, SparseModule, mask_spec, masked_weights
 from fxsparse.passes import FoldMasks, Verify
 from fxsparse.planning.equality import Equality, release_masks
@@ -31,6 +31,7 @@ def transform(
     include: Selector | Iterable[Selector] | None = None,
     exclude: Selector | Iterable[Selector] | None = None,
     fisher: object = None,
+    specialize: bool = False,
     inplace: bool = False,
     verify: Verify = Verify.QUICK,
 ) -> nn.Module:
@@ -47,6 +48,7 @@ def transform(
         include: What to mask instead of the default; see `plan`.
         exclude: What to leave out.
         fisher: Not available in this version.
+        specialize: Allow one graph that only takes inputs like the example's; see `plan`.
         inplace: Reuse the model's parameters: no copy, and an optimizer of the model trains the result.
         verify: How the equality above is shown on the example inputs: `Verify.QUICK`, in the model's own dtype, or
             `Verify.FULL`, in float64 with all gradients.
@@ -70,7 +72,7 @@ def transform(
     """
     if not isinstance(verify, Verify):
         raise ConfigError(f"`verify` (={verify!r}) must be Verify.QUICK or Verify.FULL")
-    options = Options(sparsity, pattern, distribution, include, exclude, fisher)
+    options = Options(sparsity, pattern, distribution, include, exclude, fisher, specialize)
     planned, captured = decide(model, example_inputs, options, compare=False)
     equality = Equality(model, example_inputs, verify, captured.reference)
     if captured.compared:
@@ -151,9 +153,11 @@ class SparsityReport:
 
     Attributes:
         rows: Every masked parameter and every other one of at least two axes, in the order of `named_parameters`.
+        notes: What else to know of the model: whether its graph is specialised.
     """
 
     rows: tuple[WeightRow, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def masked(self) -> tuple[WeightRow, ...]:
@@ -179,7 +183,7 @@ class SparsityReport:
         ]
         alive, total = sum(row.alive for row in self.masked), sum(row.numel for row in self.masked)
         tail = f"{len(self.masked)} masked weights: {alive} of {total} elements alive, density {self.density:.4f}"
-        return f"{format_table(header, cells)}\n{tail}"
+        return "\n".join([format_table(header, cells), tail, *self.notes])
 
 
 def _route(weight: MaskedWeight) -> str:
@@ -207,4 +211,5 @@ def sparsity_report(model: nn.Module) -> SparsityReport:
         else:
             continue
         rows.append(row)
-    return SparsityReport(tuple(rows))
+    special = specialisation(model)
+    return SparsityReport(tuple(rows), () if special is None else (special,))

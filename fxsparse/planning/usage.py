@@ -8,41 +8,11 @@ from dataclasses import dataclass, replace
 from torch import fx, nn
 
 from fxsparse.graph import Capture, Use, WeightUse, weight_uses
+from fxsparse.graph.derivations import CONVS, FLIPS, MOVES, PRODUCTS, TRANSPOSED
 from fxsparse.graph.match import op_name
 from fxsparse.passes import graphs_of
-from fxsparse.planning.layouts import (
-    CONVS,
-    FLIPS,
-    MOVES,
-    ON_THE_LEFT,
-    ON_THE_RIGHT,
-    PICKS,
-    TRANSPOSED,
-    einsum_layout,
-    flipped,
-    use_layout,
-)
+from fxsparse.planning.layouts import ON_THE_LEFT, ON_THE_RIGHT, einsum_layout, flipped, use_layout
 from fxsparse.sparsity import Layout
-
-PRODUCTS = frozenset(
-    (*CONVS, *TRANSPOSED, *"linear matmul mm bmm mv addmm addmv addbmm baddbmm inner tensordot einsum".split())
-    + ("grouped_mm", "_grouped_mm", "multi_head_attention_forward")
-)
-"""Operations whose weights are sparsified by default."""
-
-KEEPS_ZEROS = (
-    MOVES
-    | FLIPS
-    | PICKS
-    | frozenset(
-        "H mH permute movedim moveaxis view reshape reshape_as flatten unflatten unsqueeze squeeze expand expand_as "
-        "cat concat concatenate stack hstack vstack split chunk tensor_split unbind narrow select getitem index_select "
-        "flip roll repeat tile pad mul div neg data real imag masked_fill masked_weight where tril triu dropout "
-        "cpu cuda multiply divide truediv repeat_interleave broadcast_to block_diag as_strided unfold diagonal".split()
-    )
-)
-"""Derivations that leave a dead entry zero wherever it goes."""
-
 
 _FORGETS = frozenset("zeros ones empty full rand randn".split())
 """`x_like` and `new_x` take a shape and no values."""
@@ -84,7 +54,7 @@ def usages_of(model: nn.Module, captured: Capture) -> dict[str, tuple[Usage, ...
     found: dict[str, list[Usage]] = {}
     equations = _graph_uses(model, captured)
     if captured.recording is None:
-        return {name: tuple(uses) for name, uses in equations.items()}
+        return {name: _up_to_products(uses) for name, uses in equations.items()}
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for use in captured.recording.uses:
         if any(op.removesuffix("_like").removeprefix("new_") in _FORGETS for op in use.derived):
@@ -96,7 +66,17 @@ def usages_of(model: nn.Module, captured: Capture) -> dict[str, tuple[Usage, ...
             twins = [other for other in equations.get(use.parameter, ()) if other.op == "einsum"]
             usage = replace(usage, weight=True, layout=common_layout(twins))
         found.setdefault(use.parameter, []).append(usage)
-    return {name: tuple(uses) for name, uses in found.items()}
+    return {name: _up_to_products(uses) for name, uses in found.items()}
+
+
+def _up_to_products(uses: Sequence[Usage]) -> tuple[Usage, ...]:
+    """The uses up to the first product: what comes out of it is no weight of its factors.
+
+    The operations before a use are told for all the parameters in it together, so a product among them counts only
+    where the parameter takes part in one.
+    """
+    factor = {use.op for use in uses if use.op in PRODUCTS and not PRODUCTS & set(use.derived)}
+    return tuple(use for use in uses if not factor & set(use.derived))
 
 
 def common_layout(usages: Sequence[Usage]) -> Layout | None:

@@ -102,8 +102,7 @@ def difference(expected: Tensor, found: Tensor, floor: float = 0.0) -> float:
     a, b = expected.detach().to_dense(), found.detach().to_dense()
     if a.numel() == 0 or torch.equal(a, b):
         return 0.0
-    wide = torch.complex128 if a.is_complex() else torch.float64
-    a, b = a.to(wide), b.to(wide)
+    a, b = _wide(a), _wide(b)
     same = (a == b) | (a.isnan() & b.isnan())
     if bool(same.all()):
         return 0.0
@@ -114,10 +113,15 @@ def difference(expected: Tensor, found: Tensor, floor: float = 0.0) -> float:
     return gap / scale if scale else float("inf")
 
 
+def _wide(tensor: Tensor) -> Tensor:
+    """Its values with 64 bits each, whatever its layout and dtype (bool, integers, half precision) are."""
+    return tensor.detach().to_dense().to(torch.complex128 if tensor.is_complex() else torch.float64)
+
+
 def named_difference(expected: Mapping[str, Tensor | None], found: Mapping[str, Tensor | None]) -> tuple[float, str]:
     """The largest relative difference among tensors of the same name, and that name; a missing one is infinite."""
     worst, where = 0.0, ""
-    sizes = [float(t.detach().abs().max()) for t in expected.values() if t is not None and t.numel()]
+    sizes = [float(_wide(t).abs().max()) for t in expected.values() if t is not None and t.numel()]
     floor = _FLOOR * max((size for size in sizes if size < float("inf")), default=0.0)
     for name, value in expected.items():
         other = found.get(name)

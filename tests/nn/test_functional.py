@@ -2,13 +2,14 @@
 
 import gc
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import fx, nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
@@ -312,6 +313,49 @@ def test_compiled_layers_can_be_collected():
         for input in inputs:
             compiled(input).square().sum().backward()
     torch.testing.assert_close(gradients.read(layer.weight_mask), dense_gradient(layer, inputs), rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_full_mask_changes_no_bit_of_inputs_with_any_strides(context, frozen):
+    dense = nn.Linear(8, 5, dtype=torch.float64)
+    sparse = fnn.Linear(8, 5, dtype=torch.float64)
+    sparse.load_state_dict(dense.state_dict(), strict=False)
+    for layer in (dense, sparse):
+        layer.requires_grad_(not frozen)
+    for seed in range(20):
+        source = torch.Generator().manual_seed(seed)
+        input = torch.randn(4, 8, 3, generator=source, dtype=torch.float64).transpose(1, 2)
+        with context():
+            assert torch.equal(sparse(input), dense(input))
+            assert sparse(input).requires_grad == dense(input).requires_grad
+            assert sparse.effective_weight.requires_grad is not frozen
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_other_machinery_takes_masked_weights_as_before(context):
+    layer, input = fnn.Linear(8, 5), torch.randn(4, 3, 8)
+    layer.weight_mask[0] = False
+    expected = layer(input).detach()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    values = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+    with context():
+        assert torch.equal(compiled(input), expected) and torch.equal(fx.symbolic_trace(layer)(input), expected)
+        close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
+        close(vmap(layer)(input), expected)
+        close(vmap(lambda x: functional_call(layer, values, x))(input), expected)
+        assert grad(lambda each: functional_call(layer, each, input).sum())(values)["weight"].shape == (5, 8)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert layer(input).dtype is torch.bfloat16
+            assert not layer.effective_weight.requires_grad  # autocast would keep the cast of each
+    with torch.no_grad():
+        assert torch.equal(torch.export.export(layer, (input,)).module()(input), expected)
+        assert torch.equal(torch.jit.trace(layer, (input,))(input), expected)
+    with context():
+        made_here = fnn.Linear(8, 5)
+        assert made_here(input).shape == (4, 3, 5)
 
 
 def test_a_collector_that_nobody_holds_ends():

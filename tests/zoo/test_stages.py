@@ -206,6 +206,13 @@ def test_small_gradients_are_compared_with_a_share_of_the_largest() -> None:
     assert named_difference({"a": None}, {"a": None}) == (0.0, "")
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float16, torch.complex64, torch.float8_e4m3fn])
+def test_buffers_of_any_dtype_are_compared(dtype: torch.dtype) -> None:
+    ones, zeros = torch.ones(2).to(dtype), torch.zeros(2).to(dtype)
+    assert named_difference({"a": ones}, {"a": ones.clone()}) == (0.0, "")
+    assert named_difference({"a": ones}, {"a": zeros}) == (1.0, "a")
+
+
 def test_the_structure_of_outputs_counts() -> None:
     def outputs(value: object) -> Outputs:
         structure, tensors = flatten(value)
@@ -215,3 +222,87 @@ def test_the_structure_of_outputs_counts() -> None:
     assert outputs_difference(outputs({"a": x, "n": 3}), outputs({"a": x, "n": 3})) == 0
     for other in ({"a": x, "n": 4}, {"b": x, "n": 3}, [x, 3], {"a": x.double(), "n": 3}, {"a": x[:1], "n": 3}):
         assert outputs_difference(outputs({"a": x, "n": 3}), outputs(other)) == float("inf")
+
+
+KEEPING = """
+import torch
+from torch import nn
+class Keeping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.table, self.length = nn.Linear(6, 6), None, 0
+    def forward(self, x):
+        if self.table is None or self.length != x.shape[1]:
+            self.length, self.table = x.shape[1], torch.arange(x.shape[1]) * x.new_ones(1)
+        return self.layer(x) * self.table
+m = Keeping()
+"""
+
+
+def test_the_trace_that_is_timed_leaves_nothing_on_the_model_under_test(tmp_path: Path) -> None:
+    sheet = judge(Subject({"name": "a", "ctor": KEEPING, "inputs": INPUTS}, 4, 0.8, str(tmp_path)), "transform")
+    assert sheet.problems == [] and sheet.numbers["masked"] == 1
+
+
+# --- torch.compile ----------------------------------------------------------------------------------------------------
+
+
+class Routed(nn.Module):
+    """The expert takes one row for each alive weight of the gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate = nn.Linear(6, 1, bias=False)
+        self.expert = nn.Linear(6, 6)
+        with torch.no_grad():
+            self.gate.weight.copy_(torch.arange(1.0, 7.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.where(self.gate(x)[:, 0] > 0)[0]
+        return torch.zeros_like(x).index_add(0, rows, self.expert(x[rows]))
+
+
+def test_a_compilation_that_only_values_need_is_no_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Subject, "build", lambda self: Routed())
+    entry = {"name": "a", "ctor": "", "inputs": "args=(torch.eye(6),); kwargs={}"}
+    sheet = judge(Subject(entry, 6, 0.66, str(tmp_path)), "compile")
+    assert sheet.problems == [] and sheet.numbers["recompiled"] > 0
+    assert any("same zeros" in remark for remark in sheet.remarks)
+
+
+def test_a_compilation_that_masks_need_is_a_problem(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = subject.sparse.get_submodule("0")
+    layer.word = "old"  # type: ignore[assignment]
+    layer.register_forward_hook(lambda module, args, out: out + 1 if module.word == "old" else out + 1.0)
+    write = fxsparse.set_masks
+
+    def set_masks(model: nn.Module, masks: dict[str, Tensor]) -> None:
+        write(model, masks)
+        layer.word = "new"  # type: ignore[assignment]
+
+    monkeypatch.setattr(fxsparse, "set_masks", set_masks)
+    assert judge(subject, "compile").problems == ["set_masks led to 1 new compilations"]
+
+
+DRAWING = """
+import itertools
+import torch
+from torch import nn
+calls = itertools.count()
+class Drawing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+    def forward(self, x):
+        own = torch.Generator().manual_seed(next(calls))
+        return self.layer(x * torch.rand(6, generator=own)) if self.training else self.layer(x)
+m = Drawing()
+"""
+
+
+@pytest.mark.filterwarnings("ignore:transform. the result could not be compared:UserWarning")
+def test_what_no_seed_repeats_in_train_mode_is_compared_within_its_own_noise(tmp_path: Path) -> None:
+    subject = Subject({"name": "a", "ctor": DRAWING, "inputs": INPUTS}, 4, 0.5, str(tmp_path))
+    sheet = judge(subject, "train")
+    assert sheet.problems == [] and "from itself" in " ".join(sheet.remarks)

@@ -13,7 +13,6 @@ import fxsparse
 from fxsparse.graph import graphs_of, record
 from fxsparse.graph.scopes import rng_fingerprint
 from fxsparse.zoo.measure import (
-    Inputs,
     Trained,
     forward,
     named_difference,
@@ -33,7 +32,7 @@ def transform(subject: Subject, sheet: Sheet) -> None:
     model, inputs = subject.build().eval(), subject.inputs()
     before = {name: tensor.detach().clone() for name, tensor in _state(model).items()}
     _warm_up()
-    _time_parts(model, inputs, sheet)
+    _time_parts(subject, sheet)
     seeds = rng_fingerprint()
     began, wall = time.process_time(), time.monotonic()
     plan = fxsparse.plan(model, inputs)
@@ -64,11 +63,17 @@ def _warm_up() -> None:
     fxsparse.plan(tiny, (torch.zeros(1, 2),)).apply()
 
 
-def _time_parts(model: nn.Module, inputs: Inputs, sheet: Sheet) -> None:
-    """CPU seconds of one recorder run and of one symbolic trace."""
+def _time_parts(subject: Subject, sheet: Sheet) -> None:
+    """CPU seconds of one recorder run and of one symbolic trace.
+
+    Each has a model of its own: the forward pass of a model that keeps values on itself leaves the tracer's stand-ins
+    there, and no later call survives them.
+    """
+    model, inputs = subject.build().eval(), subject.inputs()
     began = time.process_time()
     record(model, *inputs)
     sheet.numbers["record_s"] = round(time.process_time() - began, 4)
+    model = subject.build().eval()
     began = time.process_time()
     try:
         fx.symbolic_trace(model)
