@@ -65,7 +65,14 @@ class Capture:
     specialised: str | None = None
 
 
-def capture(model: nn.Module, example_inputs: Any = None, *, compare: bool = True, specialize: bool = False) -> Capture:
+def capture(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    compare: bool = True,
+    specialize: bool = False,
+    known: Capture | None = None,
+) -> Capture:
     """Capture `model`; it stays as it was, and its tensors are shared with the result.
 
     Args:
@@ -80,6 +87,7 @@ def capture(model: nn.Module, example_inputs: Any = None, *, compare: bool = Tru
             Python code may depend on (globals, attributes changed later, the device) are frozen. The graph is
             compared, bit for bit, on the example inputs and on others of the same shapes; where there is none the
             refusals say why, and the result is the one without `specialize`.
+        known: an earlier capture of the same model, unchanged since, on the same inputs: the model is not run anew.
 
     Raises:
         CaptureError: when `model` is no module, cannot be copied, or fails on the example inputs.
@@ -93,7 +101,10 @@ def capture(model: nn.Module, example_inputs: Any = None, *, compare: bool = Tru
         session = _Session(structural_clone(model))
     else:
         args, kwargs = split_inputs(example_inputs)
-        recording, reference = observe(model, args, kwargs)
+        if known is not None and known.recording is not None and known.reference is not None:
+            recording, reference = known.recording, known.reference
+        else:
+            recording, reference = observe(model, args, kwargs)
         session = _Session(structural_clone(model), recording, reference, compare, specialize)
     session.run()
     graphs, refusals = tuple(graphs_of(session.module)), tuple(session.refusals)
@@ -189,10 +200,13 @@ class _Session:
             said = f"its graph behaves differently: {found}" if self._repeats() else _UNREPEATABLE
             self.refusals += [Refusal(path, said, NOTHING) for path in candidates]
             return {}
-        names = list(candidates)
-        halves = names[: len(names) // 2], names[len(names) // 2 :]
-        first = self._accept({path: candidates[path] for path in halves[0]})
-        return first | self._accept({path: candidates[path] for path in halves[1]})
+        told = len(self.refusals)
+        accepted: set[str] = set()
+        for part in _parted(candidates, found):
+            accepted.update(self._accept({path: candidates[path] for path in part}))
+        order = {path: index for index, path in enumerate(candidates)}
+        self.refusals[told:] = sorted(self.refusals[told:], key=lambda refusal: order[refusal.path])
+        return {path: candidate for path, candidate in candidates.items() if path in accepted}
 
     def _difference(self, candidates: Collection[str]) -> Difference | None:
         if self.reference is None:
@@ -273,6 +287,17 @@ class _Session:
             self._descend(self.module.get_submodule(target), target)
         for target, made in accepted.items():
             self._capture_leaves(made, target)
+
+
+def _parted(candidates: dict[str, CapturedModule], found: Difference) -> tuple[list[str], list[str]]:
+    """Two parts to try one after the other: where one candidate raised, it and its like apart; else halves."""
+    names = list(candidates)
+    raised = next((path for path in found.suspects if path in candidates), None)
+    if raised is not None:
+        alike = [path for path in names if candidates[path].origin is candidates[raised].origin]
+        chosen = alike if len(alike) < len(names) else [raised]
+        return chosen, [path for path in names if path not in chosen]
+    return names[: len(names) // 2], names[len(names) // 2 :]
 
 
 def _is_user_module(module: nn.Module) -> bool:

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
-from torch.fx.graph import CodeGen
+from torch.fx.graph import CodeGen, PythonCode
 
-_GRAPH_STATE = frozenset(
+GRAPH_STATE = frozenset(
     {"_graph", "_code", "_lineno_map", "_prologue_start", "_in_spec", "_out_spec", "_tracer_cls", "_tracer_extras"}
 )
 _CONTAINER_METHODS = ("__getitem__", "__len__", "__iter__", "__contains__", "__dir__")
@@ -72,7 +72,7 @@ class CapturedModule(fx.GraphModule):
         origin = origin or (root._origin if isinstance(root, CapturedModule) else type(root))
         super().__init__(nn.Module(), fx.Graph(), class_name=origin.__name__)
         meta = dict(getattr(root, "meta", {})) if isinstance(root, fx.GraphModule) else {}
-        self.__dict__.update({key: value for key, value in root.__dict__.items() if key not in _GRAPH_STATE})
+        self.__dict__.update({key: value for key, value in root.__dict__.items() if key not in GRAPH_STATE})
         self.__dict__["meta"] = meta
         if inherits:
             self.__dict__["_inherits"] = True
@@ -83,6 +83,13 @@ class CapturedModule(fx.GraphModule):
         """The class of the module that this graph was captured from."""
         origin: type[nn.Module] = self.__dict__["_origin"]
         return origin
+
+    def recompile(self) -> PythonCode:
+        """Generate ``forward`` from the graph; a call that fails raises and, unlike torch's own, prints nothing."""
+        written = super().recompile()
+        if "__call__" in type(self).__dict__:
+            del type(self).__call__
+        return written
 
     def _get_name(self) -> str:
         return f"Captured[{self.__dict__['_origin'].__name__}]"
@@ -102,17 +109,17 @@ class CapturedModule(fx.GraphModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
         result = _blank(type(self))
         memo[id(self)] = result
-        state = {key: value for key, value in self.__dict__.items() if key not in _GRAPH_STATE}
+        state = {key: value for key, value in self.__dict__.items() if key not in GRAPH_STATE}
         result.__dict__.update(copy.deepcopy(state, memo))
         return _install(result, copy.deepcopy(self.graph), self.origin)
 
     def __copy__(self) -> CapturedModule:
         result = _blank(type(self))
-        result.__dict__.update({key: value for key, value in self.__dict__.items() if key not in _GRAPH_STATE})
+        result.__dict__.update({key: value for key, value in self.__dict__.items() if key not in GRAPH_STATE})
         return _install(result, copy.deepcopy(self.graph), self.origin)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        state = {key: value for key, value in self.__dict__.items() if key not in _GRAPH_STATE}
+        state = {key: value for key, value in self.__dict__.items() if key not in GRAPH_STATE}
         return _unpickle, (state, pack_graph(self.graph), self.graph._codegen, self.origin)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from fxsparse.errors import CaptureError
-from fxsparse.graph.captured import CapturedModule
+from fxsparse.graph.captured import GRAPH_STATE, CapturedModule
 from fxsparse.graph.writes import storage_of
 
 M = TypeVar("M", bound=nn.Module)
@@ -43,7 +43,7 @@ def structural_clone(model: M) -> M:
     return _copy(model, memo)
 
 
-def isolated_clone(model: M, copied: Collection[str] = ()) -> M:
+def isolated_clone(model: M, copied: Collection[str] = (), *, to_run: bool = False) -> M:
     """Copy the model for a run that must leave no trace.
 
     Parameters are new objects without gradients and hooks that alias the storage of the originals (no memory), except
@@ -52,6 +52,8 @@ def isolated_clone(model: M, copied: Collection[str] = ()) -> M:
     Args:
         model: the model; it stays as it is.
         copied: names of parameters into which the forward pass writes.
+        to_run: whether the copy is only run, while the model stays as it is: captured graphs and their code are then
+            shared.
 
     Raises:
         CaptureError: as `structural_clone`.
@@ -68,7 +70,7 @@ def isolated_clone(model: M, copied: Collection[str] = ()) -> M:
             memo[id(tensor)] = _alias(tensor, names.get(id(tensor), "") in chosen)
         elif not tensor.is_leaf or tensor.requires_grad or _is_alone(tensor, held):
             memo[id(tensor)] = tensor.detach().clone()
-    return _copy(model, memo)
+    return _copy(model, memo, to_run)
 
 
 def _is_alone(tensor: torch.Tensor, held: Counter[Any]) -> bool:
@@ -109,10 +111,10 @@ def _tensors_in(value: Any, depth: int = 3) -> Iterator[torch.Tensor]:
             yield from _tensors_in(item, depth - 1)
 
 
-def _copy(model: M, memo: dict[int, Any]) -> M:
+def _copy(model: M, memo: dict[int, Any], to_run: bool = False) -> M:
     try:
         with torch.no_grad():  # with gradients on, torch copies the parameters of scripted modules as non-leaf tensors
-            _copy_plain(model, memo)
+            _copy_plain(model, memo, to_run)
             clone: M = copy.deepcopy(model, memo)
     except CaptureError:
         raise
@@ -136,17 +138,23 @@ def _copy(model: M, memo: dict[int, Any]) -> M:
     return clone
 
 
-def _copy_plain(model: nn.Module, memo: dict[int, Any]) -> None:
+def _copy_plain(model: nn.Module, memo: dict[int, Any], to_run: bool) -> None:
     """Copy every module that has no copying protocol of its own into `memo`, as `copy.deepcopy` does but faster."""
     twins = [
-        (module, type(module).__new__(type(module)))
+        (module, object.__new__(type(module)))
         for module in reversed(list(model.modules()))  # children first: a parent's own protocol may look at them
-        if id(module) not in memo and _is_plain(type(module))
+        if id(module) not in memo and (_is_plain(type(module)) or (to_run and isinstance(module, CapturedModule)))
     ]
     memo.update((id(module), twin) for module, twin in twins)
     for module, twin in twins:
-        state = {key: _copied(value, memo) for key, value in module.__dict__.items()}
-        if type(module).__setstate__ is nn.Module.__setstate__:
+        shared = GRAPH_STATE if isinstance(module, CapturedModule) else ()
+        state = {
+            key: value if type(value) in _ATOMIC or key in shared else _copied(value, memo)
+            for key, value in module.__dict__.items()
+        }
+        if isinstance(module, CapturedModule):
+            twin.__dict__.update(state)
+        elif type(module).__setstate__ is nn.Module.__setstate__:
             twin.__dict__.update(state)
         else:
             twin.__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it so

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from fxsparse.graph.captured import graphs_of
 from fxsparse.graph.clone import isolated_clone
 from fxsparse.graph.inputs import fresh_inputs, opened, tensors_of
 from fxsparse.graph.recorder import Recording, recorded_run
@@ -29,11 +31,17 @@ _LITTLE_WORK = 2**24  # multiply-accumulates and parameters up to which a backwa
 
 @dataclass(frozen=True)
 class Run:
-    """One run: its outputs, gradients and the buffers afterwards, by name; `error` when the model raised."""
+    """One run: its outputs, gradients and the buffers afterwards, by name.
+
+    Attributes:
+        error: what the model raised; "" when it did not.
+        raised_in: the paths of the graphs that were running then, the innermost first.
+    """
 
     structure: str
     values: dict[str, torch.Tensor]
     error: str = ""
+    raised_in: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,11 +52,13 @@ class Difference:
         what: it, in words.
         training: the mode in which it shows.
         rounding: whether both show the same up to the order of sums.
+        suspects: where the compared model raises, the paths of the graphs that were running, the innermost first.
     """
 
     what: str
     training: bool
     rounding: bool = False
+    suspects: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.what} in {'train' if self.training else 'eval'} mode"
@@ -77,6 +87,7 @@ class Reference:
     repeats: bool = True
     _clone: nn.Module | None = field(default=None, repr=False)
     _runs: dict[int, Run] = field(default_factory=dict, repr=False)
+    _repeated: dict[int, Run] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self._with_gradients = {0: self.training, 1: not self.training}
@@ -91,7 +102,7 @@ class Reference:
             model: the model to compare; it stays as it is.
             exact: whether outputs and buffers must be bit-identical; else sums may be ordered differently.
         """
-        clone = isolated_clone(model)
+        clone = isolated_clone(model, to_run=True)
         for number in self._numbers():
             expected = self._run(number)
             if expected.error:
@@ -126,11 +137,11 @@ class Reference:
 
     def _run(self, number: int) -> Run:
         if number not in self._runs:
-            clone = self._clone if 0 in self._runs and self._clone is not None else isolated_clone(self.model)
+            clone = self._clone if 0 in self._runs and self._clone is not None else isolated_clone(self.model, to_run=True)
             found = self._perform(clone, number)
             if found.error:
                 self._with_gradients[number] ^= True
-                found = self._perform(isolated_clone(self.model), number)
+                found = self._perform(isolated_clone(self.model, to_run=True), number)
             self._runs[number] = found
         return self._runs[number]
 
@@ -146,7 +157,7 @@ class Reference:
             with seeded(SEED):
                 return _shown(clone, inputs, output, self._buffers, self.thorough if gradients else None)
         except Exception as error:  # the model's own failure is part of its behaviour
-            return Run("", {}, f"{type(error).__name__} ({_first_line(error)})")
+            return Run("", {}, f"{type(error).__name__} ({_first_line(error)})", _running(clone, error))
         finally:
             writes.undo()
 
@@ -156,16 +167,19 @@ class Reference:
         The recorder's hooks may have changed the path that the reference took, and without gradients torch chooses
         kernels by whether a weight is a parameter or computed from one.
         """
-        fresh, found = self._again(self.model, number), self._again(model, number)
+        if number not in self._repeated:
+            self._repeated[number] = self._again(self.model, number)
+        fresh, found = self._repeated[number], self._again(model, number)
         what = _difference(fresh, found, exact)
         if what is None:
             return None
         if _difference(fresh, self._again(self.model, number), exact) is not None:
             self.repeats = False
-        return Difference(what, self._training(number), _difference(fresh, found, False) is None)
+        rounding = _difference(fresh, found, False) is None
+        return Difference(what, self._training(number), rounding, found.raised_in)
 
     def _again(self, model: nn.Module, number: int) -> Run:
-        clone = isolated_clone(model)
+        clone = isolated_clone(model, to_run=True)
         return [self._perform(clone, each, gradients=True) for each in self._numbers() if each <= number][-1]
 
 
@@ -192,6 +206,14 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def _quiet() -> Any:
     with contextlib.redirect_stderr(io.StringIO()):
         yield
+
+
+def _running(model: nn.Module, error: BaseException) -> tuple[str, ...]:
+    """Paths of the graphs of `model` that were running when `error` was raised, the innermost first."""
+    paths = {id(module): path for path, module in graphs_of(model).items()}
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "forward"]
+    found = (paths.get(id(frame.f_locals.get("self"))) for frame in reversed(frames))
+    return tuple(dict.fromkeys(path for path in found if path is not None))
 
 
 def _first_line(error: BaseException) -> str:

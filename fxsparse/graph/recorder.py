@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch._C._functorch import get_unwrapped, is_batchedtensor
 from torch.overrides import TorchFunctionMode
 
 from fxsparse.errors import CaptureError
@@ -144,7 +145,7 @@ def recorded_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 def _recorded_run(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool, gradients: bool
 ) -> RecordedRun:
-    clone = isolated_clone(model)
+    clone = isolated_clone(model, to_run=True)
     if clone.training is not training:
         clone.train(training)
     inputs = fresh_inputs(args, kwargs)
@@ -221,6 +222,7 @@ class _Recorder(TorchFunctionMode):
 
     def _observe(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         tensors = tensors_of((args, kwargs))
+        self._know_slices(tensors)
         found = product(func, args, kwargs, result) if tensors else None
         held = [self.sources[id(t)] for t in tensors if id(t) in self.sources]
         outputs = tensors_of(result)
@@ -238,14 +240,24 @@ class _Recorder(TorchFunctionMode):
             for output in outputs:
                 self.sources.setdefault(id(output), _derived(output, held, op_name(func), has_product))
 
+    def _know_slices(self, tensors: list[torch.Tensor]) -> None:
+        """What a function under torch.vmap reads of a parameter is a slice of it, as `weight[i]` is."""
+        for tensor in tensors:
+            if id(tensor) in self.sources or not is_batchedtensor(tensor):
+                continue
+            whole = self.sources.get(id(get_unwrapped(tensor)))
+            if whole is not None:
+                self.sources[id(tensor)] = replace(whole, tensor=tensor, chain=(*whole.chain, "getitem"))
+
     def _note_product(self, op: str, found: Product, held: list[_Source], output: torch.Tensor) -> None:
         module = self.stack[-1] if self.stack else ""
         weights = [operand for operand in found.operands if id(operand.tensor) in self.sources]
         if len(weights) > 1 and op in TWO_SIDED:  # both factors are made of parameters: count the MACs once
             largest = max(weights, key=lambda operand: operand.tensor.numel())
             weights = [operand if operand is largest else operand._replace(macs=0) for operand in weights]
-        for operand in weights:
-            self._note_weight(op, operand, found, output)
+        for operand in weights:  # under torch.vmap the shapes are those of one slice
+            known = operand._replace(macs=None) if is_batchedtensor(output) else operand
+            self._note_weight(op, known, found, output)
         extra = found.activation_macs
         if found.operands and not weights:
             extra += max((operand.macs or 0) for operand in found.operands)

@@ -7,7 +7,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY as _PRESERVED
 from torch.nn.parameter import is_lazy
 
 from fxsparse.errors import ConfigError
@@ -84,6 +85,8 @@ def install_mask(
         buffer.copy_(mask)
     if not slots_of(module):
         module.__dict__[SLOTS] = {}
+        if isinstance(module, fx.GraphModule):  # whose deep copies keep, of the plain attributes, only these
+            module.meta[_PRESERVED] = {**module.meta.get(_PRESERVED, {}), SLOTS: module.__dict__[SLOTS]}
         module.register_load_state_dict_pre_hook(_before_load)  # type: ignore[no-untyped-call]  # untyped in torch
         module.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]  # untyped in torch
         if type(module)._save_to_state_dict is not nn.Module._save_to_state_dict:
@@ -113,6 +116,12 @@ def remove_mask(module: nn.Module, attribute: str) -> None:
     del slots_of(module)[attribute]
     if not slots_of(module):
         del module.__dict__[SLOTS]
+        if isinstance(module, fx.GraphModule):
+            kept = {name: value for name, value in module.meta.get(_PRESERVED, {}).items() if name != SLOTS}
+            if kept:
+                module.meta[_PRESERVED] = kept
+            else:
+                module.meta.pop(_PRESERVED, None)
         drop_load_hooks(module)
 
 

@@ -77,7 +77,7 @@ def find_sinks(channels: Channels, found: Mapping[fx.Node, Known]) -> tuple[list
     finder = _Finder(channels, found)
     for graph in channels.graphs:
         for node in graph.graph.nodes:
-            if node.op == "call_function" and not node.meta.get("aliased_write"):
+            if node.op == "call_function":
                 finder.visit(node)
     for mixing in channels.flow.mixings:
         axis = next((i for i, d in enumerate(channels.flow.of(mixing.operand)) if d is mixing.labels), None)

@@ -114,7 +114,7 @@ def compact(model: nn.Module, example_inputs: Any, optimizer: Optimizer | None =
         ConfigError: `model` is no module or a wrapper, is in a resurrection phase, `example_inputs` is neither form, or
             the optimizer does not fit (see `Transplant`). The optimizer has not changed then.
         CaptureError: the model cannot be run on the inputs.
-        DataError: its outputs are not finite.
+        DataError: channels could go, but its outputs are not finite, so that equality cannot be shown.
         PassError: it does not repeat itself from the same seed.
 
     >>> import torch

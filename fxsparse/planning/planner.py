@@ -128,8 +128,13 @@ class Plan:
         """
         return self.carry_out(inplace, Equality(self.origin, self.example_inputs, verify))
 
-    def carry_out(self, inplace: bool, equality: Equality) -> nn.Module:
+    def carry_out(self, inplace: bool, equality: Equality, *, explain: bool = True) -> nn.Module:
         """`apply` with a comparison that is prepared already.
+
+        Args:
+            inplace: as in `apply`.
+            equality: the comparison.
+            explain: whether an error names the pass that broke its contract, which runs the passes once more.
 
         Raises:
             PassError: a rewrite broke its contract.
@@ -145,7 +150,8 @@ class Plan:
             equality.check(result)
         except PassError as error:
             release_masks(result)
-            self.pipeline()(isolated_clone(self.captured), self.example_inputs)  # the pass that broke it raises
+            if explain:
+                self.pipeline()(isolated_clone(self.captured), self.example_inputs)  # the pass that broke it raises
             raise PassError(f"transform: {error}") from error
         set_masks(result, self._initial_masks(result))
         result.__dict__[RECORD] = self.weights
@@ -237,8 +243,10 @@ class Options:
     specialize: bool = False
 
 
-def decide(model: nn.Module, example_inputs: Any, options: Options, *, compare: bool = True) -> tuple[Plan, Capture]:
-    """`plan`, with the capture that it rests on; `compare` is that of `capture`.
+def decide(
+    model: nn.Module, example_inputs: Any, options: Options, *, compare: bool = True, known: Capture | None = None
+) -> tuple[Plan, Capture]:
+    """`plan`, with the capture that it rests on; `compare` and `known` are those of `capture`.
 
     Raises:
         ConfigError, CaptureError, DataError: as `plan`.
@@ -247,7 +255,7 @@ def decide(model: nn.Module, example_inputs: Any, options: Options, *, compare: 
     check_sparsity(sparsity)
     check_options(pattern, options.distribution, options.fisher)
     check_model(model)
-    captured = capture(model, example_inputs, compare=compare, specialize=options.specialize)
+    captured = capture(model, example_inputs, compare=compare, specialize=options.specialize, known=known)
     weights = describe_weights(model, captured)
     chosen = choose(model, weights, options.include, options.exclude)
     check_values([weight for weight in weights if weight.name in chosen], sparsity)

@@ -78,9 +78,9 @@ def transform(
     if captured.compared:
         return planned.carry_out(inplace, equality)
     try:
-        return planned.carry_out(inplace, equality)
+        return planned.carry_out(inplace, equality, explain=False)
     except PassError:  # a graph or a pass: with graphs that were compared one by one it is the pass
-        planned, _ = decide(model, example_inputs, options)
+        planned, _ = decide(model, example_inputs, options, known=captured)
         return planned.carry_out(inplace, equality)
 
 

@@ -212,3 +212,23 @@ def test_scripted_parameters_stay_leaves_in_copies() -> None:
     assert clone[0] is not model[0] and structural_clone(model)[0] is model[0]
     assert all(parameter.is_leaf for parameter in clone.parameters())
     assert [p.requires_grad for p in clone.parameters()] == [True, False, True, True]
+
+
+def test_weights_read_under_vmap_are_slices_of_their_parameters() -> None:
+    class Ensemble(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights, self.biases = nn.Parameter(torch.randn(3, 4, 6)), nn.Parameter(torch.randn(3, 6))
+
+        def forward(self, x: Tensor) -> Any:
+            def member(weight: Tensor, bias: Tensor) -> Tensor:
+                return x @ weight + bias
+
+            return torch.func.vmap(member)(self.weights, self.biases)
+
+    recording = record(Ensemble(), (torch.randn(2, 4),))
+    assert recording.unused == ()
+    product, shift = recording.uses
+    assert (product.parameter, product.op, product.derived) == ("weights", "matmul", ("getitem",))
+    assert (product.weight_shape, product.input_shape, product.macs) == ((4, 6), (2, 4), None)
+    assert (shift.parameter, shift.op, shift.derived) == ("biases", "add", ("getitem",))

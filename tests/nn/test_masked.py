@@ -415,3 +415,26 @@ def test_requires_grad_and_rng_are_left_alone():
     fnn.install_mask(model, "kernel", PARAMETER, half(4, 3))
     fnn.set_masks(model, {"kernel": half(4, 3, seed=1)})
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_copied_graph_module_keeps_its_masks():
+    """torch's own deep copy of a GraphModule drops plain attributes."""
+
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 3))
+
+        def forward(self, x):
+            return x @ self.weight.t()
+
+    graph = torch.fx.symbolic_trace(Functional())
+    before = dict(graph.meta)
+    mask = torch.rand(4, 3) > 0.5
+    fnn.install_mask(graph, "weight", MaskSpec(), mask)
+    copied = copy.deepcopy(graph)
+    assert torch.equal(fnn.masked_weights(copied)["weight"].mask, mask)
+    fnn.masked_weights(copied)["weight"].set_mask_(torch.ones_like(mask))
+    assert torch.equal(fnn.masked_weights(graph)["weight"].mask, mask)
+    fnn.remove_mask(graph, "weight")
+    assert dict(graph.meta) == before and not fnn.masked_weights(copy.deepcopy(graph))

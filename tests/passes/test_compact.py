@@ -301,7 +301,7 @@ def _on_meta(model: nn.Module, x: Tensor) -> nn.Module:
 def _of_nan(model: nn.Module, x: Tensor) -> nn.Module:
     with torch.no_grad():
         model[0].weight[0] = 0.0  # type: ignore[index]
-        model[2].weight.fill_(torch.nan)  # type: ignore[index]
+        model[2].bias.fill_(torch.nan)  # type: ignore[index]
     return model
 
 

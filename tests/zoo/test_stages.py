@@ -248,19 +248,25 @@ def test_the_trace_that_is_timed_leaves_nothing_on_the_model_under_test(tmp_path
 
 
 class Routed(nn.Module):
-    """The expert takes one row for each alive weight of the gate."""
+    """The expert takes one row for each alive weight of the gate.
+
+    torch compiles no frame that breaks within a loop, nor its own layers alone: of the original there is no graph.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.gate = nn.Linear(6, 1, bias=False)
-        self.expert = nn.Linear(6, 6)
+        self.experts = nn.ModuleList([nn.Linear(6, 6)])
         with torch.no_grad():
             self.gate.weight.copy_(torch.arange(1.0, 7.0))
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = torch.where(self.gate(x)[:, 0] > 0)[0]
-        return torch.zeros_like(x).index_add(0, rows, self.expert(x[rows]))
+        out = torch.zeros_like(x)
+        for expert in self.experts:
+            rows = torch.where(self.gate(x)[:, 0] > 0)[0]
+            out.index_add_(0, rows, expert(x[rows]))
+        return out
 
 
 def test_a_compilation_that_only_values_need_is_no_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,3 +312,12 @@ def test_what_no_seed_repeats_in_train_mode_is_compared_within_its_own_noise(tmp
     subject = Subject({"name": "a", "ctor": DRAWING, "inputs": INPUTS}, 4, 0.5, str(tmp_path))
     sheet = judge(subject, "train")
     assert sheet.problems == [] and "from itself" in " ".join(sheet.remarks)
+
+
+def test_magnitudes_of_wholly_dead_rows_need_no_gradient(tmp_path: Path) -> None:
+    norm = "from torch.nn.utils.parametrizations import weight_norm; from torch import nn; "
+    ctor = norm + "m=nn.Sequential(weight_norm(nn.Linear(6,8)),nn.ReLU(),nn.Linear(8,3))"
+    subject = Subject({"name": "a", "ctor": ctor, "inputs": INPUTS}, 4, 0.9, str(tmp_path))
+    (mask,) = [mask for name, mask in fxsparse.masks(subject.sparse).items() if "original1" in name]
+    assert not mask.any(1).all()
+    assert judge(subject, "train").problems == []

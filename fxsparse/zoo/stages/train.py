@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import fxsparse
 from fxsparse.graph.inputs import fresh_inputs
 from fxsparse.graph.scopes import seeded
+from fxsparse.nn import alive_gains
 from fxsparse.sparsity import Uniform
 from fxsparse.zoo.measure import Trained, flatten, forward, loss_of, outputs_difference, train_run
 from fxsparse.zoo.subject import RUNS, NotApplicableError, Sheet, Subject, first_line
@@ -121,7 +122,7 @@ def _compare_gradients(subject: Subject, sparse: nn.Module, sheet: Sheet) -> Non
     buffers = {name: buffer.detach().clone() for name, buffer in sparse.named_buffers()}
     folded = _folded_run(subject, sparse)
     found = train_run(sparse.train(), subject.train_inputs())
-    gaps = _Gaps.between(folded, found, fxsparse.masks(sparse))
+    gaps = _Gaps.between(folded, found, _alive(sparse))
     own = _own_gaps(subject, sparse, folded) if gaps.above(subject) else _Gaps([], 0.0, "", 0.0)
     with torch.no_grad():
         for name, buffer in sparse.named_buffers():
@@ -158,14 +159,19 @@ class _Gaps:
         return bool(self.missing) or not fine
 
 
+def _alive(sparse: nn.Module) -> dict[str, Tensor]:
+    """The entries whose gradients are compared: not those of dead weights, nor magnitudes of wholly dead slices."""
+    return {**fxsparse.masks(sparse), **alive_gains(sparse)}
+
+
 def _folded_run(subject: Subject, sparse: nn.Module) -> Trained:
     return train_run(fxsparse.finalize(sparse).train(), subject.train_inputs())
 
 
 def _own_gaps(subject: Subject, sparse: nn.Module, first: Trained) -> _Gaps:
     """How far the folded model is from itself: some draw from generators of their own, which no seed repeats."""
-    masks = fxsparse.masks(sparse)
-    runs = [_Gaps.between(first, _folded_run(subject, sparse), masks) for _ in range(RUNS)]
+    alive = _alive(sparse)
+    runs = [_Gaps.between(first, _folded_run(subject, sparse), alive) for _ in range(RUNS)]
     missing = [name for gaps in runs for name in gaps.missing]
     return _Gaps(missing, max(gaps.gradient for gaps in runs), "", max(gaps.output for gaps in runs))
 
