@@ -191,6 +191,35 @@ def test_printing_a_plan_tells_every_weight() -> None:
     assert "left out by include or exclude" in text and "`gate` stays Python" in text
 
 
+def test_printing_a_plan_sums_up() -> None:
+    """How much of the model the masks hold, and one line for all modules that stay Python for the same reason."""
+
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x) if bool(x.sum() > 1e9) else self.inner(x) + 1
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(12, 4)
+            self.parts = nn.ModuleList(Asks() for _ in range(4))
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            x = self.embedding(tokens)
+            for part in self.parts:
+                x = part(x)
+            return x
+
+    printed = str(plan(Model(), (torch.tensor([[1, 2]]),)))
+    assert "they hold 57% of all weight elements" in printed  # 4 * 16 of 4 * 16 + 48
+    lines = [line for line in printed.splitlines() if "stay Python" in line]
+    assert len(lines) == 1 and "`the model`, `parts.0` and 3 more stay Python" in lines[0], printed
+
+
 def test_stages_of_a_plan_can_be_printed() -> None:
     decided = plan(*BY_NAME["mixed"]())
     stages = decided.stages()

@@ -137,7 +137,8 @@ class Reference:
 
     def _run(self, number: int) -> Run:
         if number not in self._runs:
-            clone = self._clone if 0 in self._runs and self._clone is not None else isolated_clone(self.model, to_run=True)
+            kept = self._clone if 0 in self._runs else None
+            clone = isolated_clone(self.model, to_run=True) if kept is None else kept
             found = self._perform(clone, number)
             if found.error:
                 self._with_gradients[number] ^= True

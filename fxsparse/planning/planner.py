@@ -173,13 +173,30 @@ class Plan:
     def __str__(self) -> str:
         lines = [format_table(HEADER, [weight.row for weight in self.weights]), ""]
         total, alive = sum(w.numel for w in self.masked), sum(w.target.alive for w in self.masked if w.target)
+        everything = sum(weight.numel for weight in self.weights)
+        share = f"; they hold {total / everything:.0%} of all weight elements" if total < everything else ""
         lines.append(
-            f"{len(self.masked)} of {len(self.weights)} weights masked; {alive} of {total} elements alive in them"
+            f"{len(self.masked)} of {len(self.weights)} weights masked; {alive} of {total} elements alive in them{share}"
         )
         lines += [self.specialised] if self.specialised else []
-        lines += map(str, self.refusals)
+        lines += _summed(self.refusals)
         lines += [f"not compared: {note}" for note in self.notes]
         return "\n".join(lines)
+
+
+def _summed(refusals: Sequence[Refusal]) -> list[str]:
+    """One line a reason: modules that stay Python for the same one stand together."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for refusal in refusals:
+        alike.setdefault((refusal.reason, refusal.mend), []).append(refusal.path)
+    lines = []
+    for (reason, mend), paths in alike.items():
+        if len(paths) <= 2:
+            lines += [str(Refusal(path, reason, mend)) for path in paths]
+        else:
+            first, second = (f"`{path or 'the model'}`" for path in paths[:2])
+            lines.append(f"{first}, {second} and {len(paths) - 2} more stay Python: {reason}; {mend}")
+    return lines
 
 
 def _unguarded(specs: Mapping[str, MaskSpec]) -> dict[str, MaskSpec]:

@@ -60,8 +60,8 @@ class RESU(Method):
         keep_state: Whether the optimizer's state of frozen weights is kept over a RESU phase, not deleted.
         prune: By what PRUNE keeps alive weights.
         score: By what the tournament ranks.
-        budget: r of the first and of the last RESU phase, linear between them; of K places n(r, K) are reserved, in each
-            group of a `SharedSupport`, where fewer than 1 / r positions reserve nothing.
+        budget: r of the first and of the last RESU phase, linear between them; of K places n(r, K) are reserved, in
+            each group of a `SharedSupport`, where fewer than 1 / r positions reserve nothing.
         calibration: Last steps of a phase whose gradients or inputs PRUNE and the tournament read, where they do.
         refine: Equal-count swaps at PRUNE.
         pauses: Cycles after whose COMMIT the callbacks of `ResuHandle.on_pause` run.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,6 +112,21 @@ def difference(expected: Tensor, found: Tensor, floor: float = 0.0) -> float:
         return float("inf")
     scale = max(float(torch.where(a.isfinite(), a.abs(), 0.0).max()), floor)
     return gap / scale if scale else float("inf")
+
+
+@contextlib.contextmanager
+def preserved_buffers(model: nn.Module) -> Iterator[None]:
+    """Put every buffer and its values back afterwards, also those that a forward pass replaced by other tensors."""
+    saved = [
+        (m, name, b, b.detach().clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, values in saved:
+                buffer.copy_(values)
+                module._buffers[name] = buffer
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -321,3 +321,25 @@ def test_magnitudes_of_wholly_dead_rows_need_no_gradient(tmp_path: Path) -> None
     (mask,) = [mask for name, mask in fxsparse.masks(subject.sparse).items() if "original1" in name]
     assert not mask.any(1).all()
     assert judge(subject, "train").problems == []
+
+
+RESIZING = """
+import torch
+from torch import nn
+class Resizing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.register_buffer("table", torch.zeros(1), persistent=False)
+    def forward(self, x):
+        if self.table.shape[0] != x.shape[1]:
+            self.table = torch.linspace(1, 2, x.shape[1])
+        return self.layer(x) * self.table
+m = Resizing()
+"""
+
+
+def test_buffers_that_the_forward_pass_replaces_stay_what_they_are(tmp_path: Path) -> None:
+    subject = Subject({"name": "a", "ctor": RESIZING, "inputs": INPUTS}, 4, 0.8, str(tmp_path))
+    for stage in ("transform", "train", "reload", "batch"):
+        assert judge(subject, stage).problems == [], stage

@@ -14,7 +14,7 @@ from fxsparse.graph.inputs import fresh_inputs
 from fxsparse.graph.scopes import seeded
 from fxsparse.nn import alive_gains
 from fxsparse.sparsity import Uniform
-from fxsparse.zoo.measure import Trained, flatten, forward, loss_of, outputs_difference, train_run
+from fxsparse.zoo.measure import Trained, flatten, forward, loss_of, outputs_difference, preserved_buffers, train_run
 from fxsparse.zoo.subject import RUNS, NotApplicableError, Sheet, Subject, first_line
 
 STEPS = 3
@@ -119,14 +119,11 @@ def _check_modes(subject: Subject, sparse: nn.Module, sheet: Sheet) -> None:
 
 def _compare_gradients(subject: Subject, sparse: nn.Module, sheet: Sheet) -> None:
     """Alive entries get the gradient of the folded model, and the same parameters get none."""
-    buffers = {name: buffer.detach().clone() for name, buffer in sparse.named_buffers()}
     folded = _folded_run(subject, sparse)
-    found = train_run(sparse.train(), subject.train_inputs())
+    with preserved_buffers(sparse):
+        found = train_run(sparse.train(), subject.train_inputs())
     gaps = _Gaps.between(folded, found, _alive(sparse))
     own = _own_gaps(subject, sparse, folded) if gaps.above(subject) else _Gaps([], 0.0, "", 0.0)
-    with torch.no_grad():
-        for name, buffer in sparse.named_buffers():
-            buffer.copy_(buffers[name])
     if own.gradient or own.output:
         sheet.remarks.append(
             f"the folded model differs from itself by {max(own.gradient, own.output):.2g} in train mode"

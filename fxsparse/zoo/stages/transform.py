@@ -17,6 +17,7 @@ from fxsparse.zoo.measure import (
     forward,
     named_difference,
     outputs_difference,
+    preserved_buffers,
     train_run,
 )
 from fxsparse.zoo.subject import RUNS, Sheet, Subject, first_line
@@ -147,11 +148,8 @@ def _compare_training(subject: Subject, dense: nn.Module, sheet: Sheet) -> None:
     if isinstance(expected, Exception):
         sheet.remarks.append(f"the original does not train: {first_line(expected)}")
         return
-    buffers = {name: buffer.detach().clone() for name, buffer in dense.named_buffers()}
-    found = train_run(dense.train(), subject.train_inputs())
-    with torch.no_grad():
-        for name, buffer in dense.named_buffers():
-            buffer.copy_(buffers[name])
+    with preserved_buffers(dense):
+        found = train_run(dense.train(), subject.train_inputs())
     dense.eval()
     gaps = _training_gaps(expected, found)
     if max(gap for gap, _ in gaps.values()) > 0.0:
