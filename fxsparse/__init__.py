@@ -64,12 +64,14 @@ if TYPE_CHECKING:
     from fxsparse.training import SET as SET
     from fxsparse.training import SNFS as SNFS
     from fxsparse.training import SNIP as SNIP
+    from fxsparse.training import Densify as Densify
     from fxsparse.training import GraSP as GraSP
     from fxsparse.training import Handle as Handle
     from fxsparse.training import Initial as Initial
     from fxsparse.training import NonFinite as NonFinite
     from fxsparse.training import OneShot as OneShot
     from fxsparse.training import Regroup as Regroup
+    from fxsparse.training import RESUTrainer as RESUTrainer
     from fxsparse.training import RigL as RigL
     from fxsparse.training import SRigL as SRigL
     from fxsparse.training import Static as Static
@@ -100,7 +102,7 @@ _NAMES = {
         *("Magnitude", "Wanda"),
     ),
     "training": (
-        *("Static", "GMP", "ACDC", "SET", "RigL", "ITOP", "SNFS", "SRigL", "MEST", "RESU"),
+        *("Static", "GMP", "ACDC", "SET", "RigL", "ITOP", "SNFS", "SRigL", "MEST", "RESU", "Densify", "RESUTrainer"),
         *("OneShot", "SNIP", "GraSP", "SynFlow", "prune"),
         *("Handle", "Initial", "NonFinite", "Regroup", "attach"),
     ),

@@ -175,9 +175,8 @@ class Plan:
         total, alive = sum(w.numel for w in self.masked), sum(w.target.alive for w in self.masked if w.target)
         everything = sum(weight.numel for weight in self.weights)
         share = f"; they hold {total / everything:.0%} of all weight elements" if total < everything else ""
-        lines.append(
-            f"{len(self.masked)} of {len(self.weights)} weights masked; {alive} of {total} elements alive in them{share}"
-        )
+        counts = f"{len(self.masked)} of {len(self.weights)} weights masked"
+        lines.append(f"{counts}; {alive} of {total} elements alive in them{share}")
         lines += [self.specialised] if self.specialised else []
         lines += _summed(self.refusals)
         lines += [f"not compared: {note}" for note in self.notes]

@@ -43,6 +43,7 @@ from fxsparse.training.resu_theta import ThetaRule as ThetaRule
 from fxsparse.training.resu_theta import ThetaSGD as ThetaSGD
 from fxsparse.training.resu_tournament import ResuRecord as ResuRecord
 from fxsparse.training.resu_tournament import ResuReport as ResuReport
+from fxsparse.training.resu_trainer import RESUTrainer as RESUTrainer
 from fxsparse.training.rigl import RigL as RigL
 from fxsparse.training.set import SET as SET
 from fxsparse.training.snfs import SNFS as SNFS
