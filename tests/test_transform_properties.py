@@ -321,5 +321,5 @@ def test_models_that_no_tracer_takes_lose_no_weight(drawn: Drawn) -> None:
 def test_traceable_models_are_masked_in_modules_and_graphs_only(drawn: Drawn) -> None:
     model, inputs = drawn
     decided = plan(model, inputs)
-    assert {weight.route for weight in decided.masked} <= {Route.MODULE, Route.MASK_NODE}
+    assert {weight.route for weight in decided.masked} <= {Route.MODULE, Route.MASK_NODE, Route.EFFECTIVE}
     assert not decided.refusals

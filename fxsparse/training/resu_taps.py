@@ -94,9 +94,10 @@ class InputTap:
 
     def close(self) -> None:
         """Stop collecting; the sums stay."""
+        self._leave(self._model, None, None)  # a forward pass that was cut short left its scope open
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._depth = [], 0
+        self._hooks = []
 
     def reset(self) -> None:
         """Forget the sums."""

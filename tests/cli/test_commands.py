@@ -130,7 +130,7 @@ def test_report_takes_patterns_distributions_and_selections(capsys: pytest.Captu
         (["transform-report", "ZOO:nan"], 3, "NaN"),
         (["transform-report", "ZOO:absent"], 2, "the module offers"),
         (["transform-report", "nonsense"], 2, "package.module:factory"),
-        (["show", "ZOO:branchy", "--after", "bananas"], 2, "swap_modules, insert_masks, mask_parameters, fold_masks"),
+        (["show", "ZOO:branchy", "--after", "bananas"], 2, "insert_masks, mask_effective, mask_parameters, fold_masks"),
         (["export", "TMP/absent.ticket", "--onnx", "TMP/x.onnx"], 3, "absent.ticket"),
         (["imp", "--config", "TMP/absent.yaml"], 2, "absent.yaml"),
     ],

@@ -18,7 +18,7 @@ from fxsparse.lottery.config import UNSUPPORTED, Config, Train, load_config, par
 from fxsparse.lottery.experiment import ARGUMENTS, learning_rate_factor
 from fxsparse.lottery.experiment import settings as engine_settings
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("imp_*.yaml"))
 
 
 def test_defaults_are_those_of_the_engine() -> None:

@@ -354,11 +354,11 @@ def test_a_report_belongs_to_a_compacted_model() -> None:
 def test_global_state_and_modes_stay() -> None:
     model, x = build(BY_NAME["residual"])
     sparse = masked(model, x).train()
-    seed = torch.get_rng_state()
+    seed, fast = torch.get_rng_state(), torch.backends.mha.get_fastpath_enabled()
     small = compact(sparse, (x,))
     assert torch.equal(seed, torch.get_rng_state())
     assert sparse.training and small.training and small.body_norm.training
-    assert torch.backends.mha.get_fastpath_enabled()
+    assert torch.backends.mha.get_fastpath_enabled() is fast
 
 
 def test_padding_modes_other_than_zeros_fold() -> None:

@@ -131,7 +131,7 @@ def test_markdown_keeps_its_columns() -> None:
     text = render.markdown(nasty(), "made so")
     tables = [line for line in text.splitlines() if line.startswith("|")]
     widths = {line.replace("\\|", "").count("|") for line in tables}
-    assert widths == {6, 8}
+    assert widths == {6, 9}
     assert "<script" not in text
     assert "What failed:" in text and "half: broke \\| here" in text
     assert render.markdown([nasty()[0]], "made so").count("What failed") == 0
