@@ -28,7 +28,7 @@ def reload(subject: Subject, sheet: Sheet) -> None:
 def _load_original(subject: Subject, fresh: nn.Module, sheet: Sheet) -> None:
     """The original's state dict into a fresh sparse model: its masks stay, its outputs too."""
     before = forward(fresh, subject.inputs())
-    state = {name: value.clone() for name, value in subject.build().state_dict().items()}
+    state = copy.deepcopy(subject.build().state_dict())  # with its metadata: versions of layers
     try:
         fresh.load_state_dict(state, strict=True)
     except Exception as error:
@@ -48,7 +48,7 @@ def _load_sparse(subject: Subject, sparse: nn.Module, reference: Outputs, fresh:
     """The sparse state dict, masks and all, into a sparse model with other masks."""
     target = subject.dense if subject.dense is not None else fresh
     subject.dense = None  # its state is gone after this
-    state = {name: value.clone() for name, value in sparse.state_dict().items()}
+    state = copy.deepcopy(sparse.state_dict())
     try:
         target.load_state_dict(state, strict=True)
     except Exception as error:
