@@ -21,7 +21,7 @@ def compare(
     from fxsparse.comparison.cell import Cell
     from fxsparse.comparison.config import load_config, parse_config
     from fxsparse.comparison.page import write_page
-    from fxsparse.comparison.results import COLUMNS, lines
+    from fxsparse.comparison.results import columns, lines
     from fxsparse.comparison.runner import run
 
     chosen = load_config(config)
@@ -34,11 +34,11 @@ def compare(
     def tell(cell: Cell, done: int, total: int) -> None:
         console.print(f"{done}/{total} {cell.key}", highlight=False)
 
-    home, arms = run(chosen, {word: parse_pattern(word) for word in chosen.patterns}, progress=tell)
+    home, arms = run(chosen, {word: parse_pattern(word) for word in chosen.words}, progress=tell)
     if page:
-        write_page(arms, home / "comparison.html", chosen.run.name)
+        write_page(arms, home / "comparison.html", chosen.run.name, chosen.compared)
     table = Table(title=chosen.run.name)
-    for heading in COLUMNS:
+    for heading in columns(chosen.compared):
         table.add_column(heading, justify="right")
     for row in lines(arms):
         table.add_row(*row)

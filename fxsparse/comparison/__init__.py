@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fxsparse.comparison.config import Config as Config
+from fxsparse.comparison.config import Reference as Reference
 from fxsparse.comparison.config import load_config as load_config
 from fxsparse.comparison.config import parse_config as parse_config
 from fxsparse.comparison.results import Arm as Arm

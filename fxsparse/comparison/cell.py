@@ -110,6 +110,8 @@ class _Trainer:
         self.step, self.flops, self.dense_flops, self.memory, self.explored = 0, 0.0, 0.0, 1.0, 1.0
         self.dense_macs: Mapping[str, int] = {}
         self._peak = 0.0
+        self._order = (-1, torch.empty(0, dtype=torch.long))
+        self._alive: dict[str, tuple[int, int]] = {}
 
     def calibration(self) -> list[tuple[Tensor, Tensor]]:
         """The first batches of the training samples."""
@@ -139,8 +141,10 @@ class _Trainer:
     def _rows(self, size: int) -> Tensor:
         per_epoch = math.ceil(len(self.inputs) / size)
         epoch, batch = divmod(self.step, per_epoch)
-        order = torch.randperm(len(self.inputs), generator=generator(self.seed, epoch, 0, "epoch order"))
-        return order[batch * size : (batch + 1) * size]
+        if self._order[0] != epoch:
+            draw = generator(self.seed, epoch, 0, "epoch order")
+            self._order = epoch, torch.randperm(len(self.inputs), generator=draw)
+        return self._order[1][batch * size : (batch + 1) * size]
 
     def _rate(self) -> float:
         train = self.config.train
@@ -159,7 +163,10 @@ class _Trainer:
         if not self.dense_macs:
             return
         found = masks(model)
-        density = {name: int(mask.sum()) / mask.numel() for name, mask in found.items()}
+        for name, mask in found.items():
+            if self._alive.get(name, (0, -1))[1] != mask._version:
+                self._alive[name] = int(mask.sum()), mask._version
+        density = {name: self._alive[name][0] / mask.numel() for name, mask in found.items()}
         watched = handle is not None and handle.method.watches(handle.step + 1)
         for name, macs in self.dense_macs.items():
             alive = density.get(name, 1.0)
@@ -167,7 +174,7 @@ class _Trainer:
             self.dense_flops += 3.0 * macs
         states = 1 + (2 if isinstance(optimizer, AdamW) else int(bool(self.config.train.momentum)))
         numel = sum(mask.numel() for mask in found.values())
-        alive = sum(int(mask.sum()) for mask in found.values())
+        alive = sum(self._alive[name][0] for name in found)
         kept = sum(t.numel() for m in (handle._memory if handle else {}).values() for t in m.values())
         held = alive * (1 + states) + (numel - alive if watched else 0) + kept + numel / 32  # the mask: a bit each
         self._peak = max(self._peak, held / (numel * (1 + states)))
@@ -180,4 +187,16 @@ def _model(config: Config, splits: Splits, seed: int) -> nn.Module:
         torch.manual_seed(seed)
         if config.train.arch == "lenet_300_100":
             return models.lenet_300_100(in_features=splits.train.inputs[0].numel(), classes=splits.classes)
+        if config.train.arch == "lenet_5":
+            return models.lenet_5(in_channels=channels, classes=splits.classes, image_size=side)
+        if config.train.arch == "mlp":
+            return _mlp(splits.train.inputs[0].numel(), config.train.hidden or [], splits.classes)
         return models.small_conv_net(in_channels=channels, classes=splits.classes, image_size=side)
+
+
+def _mlp(in_features: int, hidden: list[int], classes: int) -> nn.Module:
+    widths = [in_features, *hidden]
+    layers: list[nn.Module] = [nn.Flatten()]
+    for i in range(len(hidden)):
+        layers += [nn.Linear(widths[i], widths[i + 1]), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(widths[-1], classes))

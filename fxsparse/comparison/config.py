@@ -12,15 +12,31 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fxsparse.errors import ConfigError
-from fxsparse.sparsity import ERK, Distribution, Global, Saliency, Uniform, Wanda
+from fxsparse.sparsity import ERK, Distribution, Global, Saliency, Taylor, Uniform, Wanda
 from fxsparse.sparsity import Magnitude as MagnitudeSaliency
 from fxsparse.training import METHODS, PRUNINGS, Method, Regroup
+from fxsparse.training.dsnot import DSNoT
+from fxsparse.training.resu_phases import Lengths
+from fxsparse.training.resu_subset import AboveQuantile, AllDead, CyclicDead, RandomDead, TopGradient
+from fxsparse.training.resu_theta import Selective, ThetaAdamW, ThetaMomentum, ThetaSGD
 
 KINDS: dict[str, type[Method]] = {kind.__name__: kind for kind in (*METHODS, *PRUNINGS)}
 DISTRIBUTIONS: dict[str, type[Distribution]] = {"uniform": Uniform, "erk": ERK, "global": Global}
-SALIENCIES: dict[str, type[Saliency]] = {"magnitude": MagnitudeSaliency, "wanda": Wanda}
+SALIENCIES: dict[str, type[Saliency]] = {"magnitude": MagnitudeSaliency, "taylor": Taylor, "wanda": Wanda}
 DENSE = "dense"
-_WORDS: dict[str, Mapping[str, Any]] = {"distribution": DISTRIBUTIONS, "saliency": SALIENCIES, "drop": SALIENCIES}
+_WORDS: dict[str, Mapping[str, Any]] = {
+    "distribution": DISTRIBUTIONS,
+    **dict.fromkeys(("saliency", "drop", "prune", "score"), SALIENCIES),
+    "theta": {"adamw": ThetaAdamW, "momentum": ThetaMomentum, "selective": Selective, "sgd": ThetaSGD},
+    "subset": {
+        "above_quantile": AboveQuantile,
+        "all": AllDead,
+        "cyclic": CyclicDead,
+        "random": RandomDead,
+        "top_gradient": TopGradient,
+    },
+}
+_MAPPINGS: dict[str, type[Any]] = {"lengths": Lengths, "refine": DSNoT, "regroup": Regroup}
 
 
 class Section(BaseModel):
@@ -52,7 +68,9 @@ class Data(Section):
 class Train(Section):
     """Which network, trained how; the same for every arm."""
 
-    arch: Literal["lenet_300_100", "small_conv_net"] = "lenet_300_100"
+    arch: Literal["lenet_300_100", "lenet_5", "mlp", "small_conv_net"] = "lenet_300_100"
+    hidden: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] | None = None
+    """Widths of the hidden layers of `mlp`."""
     steps: Annotated[int, Field(ge=1)] = 2000
     batch_size: Annotated[int, Field(ge=1)] = 64
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -67,6 +85,16 @@ class Arm(Section):
 
     method: str
     options: dict[str, Any] = Field(default_factory=dict)
+    patterns: Annotated[list[str], Field(min_length=1)] | None = None
+    """Its own patterns instead of the comparison's."""
+
+
+class Reference(Section):
+    """The arm that all others are compared with, seed by seed, at their own sparsity."""
+
+    method: str
+    pattern: str | None = None
+    """None = the pattern of the arm that is compared."""
 
 
 class Config(Section):
@@ -83,6 +111,19 @@ class Config(Section):
         default_factory=lambda: [0.9, 0.95]
     )
     patterns: Annotated[list[str], Field(min_length=1)] = Field(default_factory=lambda: ["unstructured"])
+    reference: Reference | None = None
+    """None = the first arm of the method Static, if there is one."""
+
+    @property
+    def words(self) -> list[str]:
+        """Every pattern that an arm asks for, once."""
+        return list(dict.fromkeys(word for arm in self.methods.values() for word in arm.patterns or self.patterns))
+
+    @property
+    def compared(self) -> Reference | None:
+        """The arm that others are compared with."""
+        static = next((label for label, arm in self.methods.items() if arm.method == "Static"), None)
+        return self.reference or (None if static is None else Reference(method=static))
 
 
 def load_config(path: str | Path) -> Config:
@@ -119,6 +160,15 @@ def parse_config(values: object, where: str = "config") -> Config:
             build(arm, config.sparsities[0], 0)
         except ConfigError as error:
             raise ConfigError(f"{where}: `methods.{label}`: {error}") from error
+    if config.reference is not None and config.reference.method not in config.methods:
+        raise ConfigError(
+            f"{where}: `reference.method` (={config.reference.method}) is none of {', '.join(config.methods)}"
+        )
+    if (config.train.arch == "mlp") != (config.train.hidden is not None):
+        raise ConfigError(
+            f"{where}: `train.hidden` (={config.train.hidden}) belongs to `train.arch` mlp, which needs it"
+            f" (arch={config.train.arch})"
+        )
     if config.data.dataset == "idx" and not config.data.folder:
         raise ConfigError(f"{where}: `data.folder` (=None) must name the folder of the IDX files")
     return config
@@ -135,24 +185,29 @@ def build(arm: Arm, sparsity: float, seed: int) -> Method:
         raise ConfigError(f"`method` (={arm.method}) is none of {', '.join(KINDS)}")
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
     options = {}
-    for name, value in arm.options.items():
-        if name not in fields or name in ("sparsity", "seed", "pattern"):
-            raise ConfigError(f"`options.{name}` (={value!r}) is no option of {arm.method}")
-        options[name] = _value(kind, name, fields[name], value)
     try:
+        for name, value in arm.options.items():
+            if name not in fields or name in ("sparsity", "seed", "pattern"):
+                raise ConfigError(f"`options.{name}` (={value!r}) is no option of {arm.method}")
+            options[name] = _value(kind, name, fields[name], value)
         return kind(sparsity, seed=seed, **options)
     except TypeError as error:
-        raise ConfigError(f"{arm.method} refuses {options}: {error}") from error
+        raise ConfigError(f"{arm.method} refuses {arm.options}: {error}") from error
 
 
 def _value(kind: type[Method], name: str, field: dataclasses.Field[Any], value: Any) -> Any:
     words = _WORDS.get(name, {})
     if words:
-        if value not in words:
-            raise ConfigError(f"`options.{name}` (={value!r}) is none of {', '.join(words)}")
-        return words[value]()
-    if name == "regroup":
-        return Regroup(**value) if isinstance(value, Mapping) else Regroup() if value else None
+        word, options = next(iter(value.items())) if isinstance(value, Mapping) and len(value) == 1 else (value, {})
+        if not isinstance(word, str) or word not in words or not isinstance(options, Mapping):
+            raise ConfigError(
+                f"`options.{name}` (={value!r}) is none of {', '.join(words)}, nor one of them with its options"
+            )
+        return words[word](**options)
+    if name in _MAPPINGS:
+        if not isinstance(value, Mapping | bool | None):
+            raise ConfigError(f"`options.{name}` (={value!r}) must be its options by name, true or null")
+        return _MAPPINGS[name](**value) if isinstance(value, Mapping) else _MAPPINGS[name]() if value else None
     default = field.default
     if isinstance(default, enum.Enum):
         members = {member.value: member for member in type(default)}

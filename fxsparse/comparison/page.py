@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from fxsparse.comparison.config import DENSE
-from fxsparse.comparison.results import COLUMNS, Arm, lines
+from fxsparse.comparison.config import DENSE, Reference
+from fxsparse.comparison.results import Arm, columns, lines
 from fxsparse.errors import ConfigError
 from fxsparse.report.metrics import write_atomically
 
 
-def write_page(arms: Sequence[Arm], path: Path, title: str) -> None:
+def write_page(arms: Sequence[Arm], path: Path, title: str, reference: Reference | None = None) -> None:
     """One self-contained HTML file.
 
     Raises:
@@ -41,7 +41,7 @@ def write_page(arms: Sequence[Arm], path: Path, title: str) -> None:
             figure.add_hline(100 * dense.accuracy.mean, line_dash="dot", annotation_text=DENSE)
         figure.update_layout(title=pattern, xaxis_title="sparsity", yaxis_title="test accuracy %")
         figures.append(figure.to_html(full_html=False, include_plotlyjs=False))
-    head = "".join(f"<th>{escape(name)}</th>" for name in COLUMNS)
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns(reference))
     rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in lines(arms))
     write_atomically(
         path,

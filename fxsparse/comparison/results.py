@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fxsparse.comparison.cell import Cell
+from fxsparse.comparison.config import Reference
 from fxsparse.report import Summary, summarise
 
 
@@ -23,7 +24,7 @@ class Arm:
         flops: Mean training FLOPs over those of dense training with as many steps.
         memory: Mean peak memory over that of dense training.
         explored: Mean R_s.
-        against_static: Difference of the test accuracy to the static arm, paired by seed; None without one.
+        against: Difference of the test accuracy to the reference arm, paired by seed; None without one.
     """
 
     label: str
@@ -34,15 +35,15 @@ class Arm:
     flops: float
     memory: float
     explored: float
-    against_static: Summary | None
+    against: Summary | None
 
 
-def summarise_cells(cells: Mapping[Cell, Mapping[str, Any]], static: str | None = None) -> list[Arm]:
+def summarise_cells(cells: Mapping[Cell, Mapping[str, Any]], reference: Reference | None = None) -> list[Arm]:
     """One row per arm, pattern and sparsity, in order of appearance.
 
     Args:
         cells: Results by cell.
-        static: Label of the arm that others are compared with, seed by seed.
+        reference: The arm that others are compared with, seed by seed.
     """
     groups: dict[tuple[str, str, float], list[Cell]] = {}
     for cell in cells:
@@ -50,10 +51,11 @@ def summarise_cells(cells: Mapping[Cell, Mapping[str, Any]], static: str | None 
     arms = []
     for (label, pattern, sparsity), members in groups.items():
         mean = {key: sum(float(cells[c][key]) for c in members) / len(members) for key in _MEANS}
+        twin = None if reference is None else (reference.method, reference.pattern or pattern)
         paired = [
-            cells[cell]["test_accuracy"] - cells[twin]["test_accuracy"]
+            cells[cell]["test_accuracy"] - cells[other]["test_accuracy"]
             for cell in members
-            if static not in (None, label) and (twin := Cell(str(static), pattern, sparsity, cell.seed)) in cells
+            if twin is not None and twin != (label, pattern) and (other := Cell(*twin, sparsity, cell.seed)) in cells
         ]
         arms.append(
             Arm(
@@ -82,7 +84,7 @@ def lines(arms: Sequence[Arm]) -> list[tuple[str, ...]]:
             arm.pattern,
             f"{arm.sparsity:g}",
             _percent(arm.accuracy),
-            "" if arm.against_static is None else _percent(arm.against_static, sign=True),
+            "" if arm.against is None else _percent(arm.against, sign=True),
             f"{arm.flops:.3f}",
             f"{arm.memory:.3f}",
             f"{arm.explored:.3f}",
@@ -92,12 +94,15 @@ def lines(arms: Sequence[Arm]) -> list[tuple[str, ...]]:
     ]
 
 
-COLUMNS = ("method", "pattern", "sparsity", "test accuracy %", "against static", "FLOPs", "memory", "R_s", "seeds")
+def columns(reference: Reference | None = None) -> tuple[str, ...]:
+    """The headings; `reference` as in `summarise_cells`."""
+    name = "" if reference is None else f" {reference.method}{f' {reference.pattern}' if reference.pattern else ''}"
+    return ("method", "pattern", "sparsity", "test accuracy %", f"against{name}", "FLOPs", "memory", "R_s", "seeds")
 
 
-def markdown(arms: Sequence[Arm]) -> str:
+def markdown(arms: Sequence[Arm], reference: Reference | None = None) -> str:
     """The table in Markdown."""
-    rows = [COLUMNS, tuple("---" for _ in COLUMNS), *lines(arms)]
+    rows = [columns(reference), tuple("---" for _ in columns()), *lines(arms)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 

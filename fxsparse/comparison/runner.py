@@ -29,8 +29,8 @@ def cells(config: Config) -> list[Cell]:
     dense = [Cell(DENSE, "", 0.0, seed) for seed in config.run.seeds] if config.dense else []
     return dense + [
         Cell(label, pattern, sparsity, seed)
-        for label in config.methods
-        for pattern in config.patterns
+        for label, arm in config.methods.items()
+        for pattern in arm.patterns or config.patterns
         for sparsity in config.sparsities
         for seed in config.run.seeds
     ]
@@ -50,7 +50,7 @@ def run(
 
     Args:
         config: The comparison.
-        patterns: The pattern of each word in `config.patterns`.
+        patterns: The pattern of each word in `config.words`.
         progress: Called after each training with its cell, the number done and the number in all.
 
     Returns:
@@ -73,9 +73,9 @@ def run(
         if progress is not None:
             progress(cell, done, len(wanted))
     found = {cell: _read(files[cell]) for cell in wanted}
-    static = next((label for label, arm in config.methods.items() if arm.method == "Static"), None)
-    arms = summarise_cells(found, static)
-    write_atomically(home / "table.md", markdown(arms))
+    reference = config.compared
+    arms = summarise_cells(found, reference)
+    write_atomically(home / "table.md", markdown(arms, reference))
     rows = [{"cell": vars(cell), **result} for cell, result in found.items()]
     write_atomically(home / "results.json", json.dumps(rows, sort_keys=True, indent=1))
     return home, arms
@@ -83,7 +83,7 @@ def run(
 
 def _options(config: Config, cell: Cell) -> str:
     """What names a result besides the cell: its method's own options."""
-    arm = {} if cell.label == DENSE else config.methods[cell.label].model_dump(mode="json")
+    arm = {} if cell.label == DENSE else config.methods[cell.label].model_dump(mode="json", exclude={"patterns"})
     return hashlib.sha256(json.dumps(arm, sort_keys=True).encode()).hexdigest()[:8]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -9,16 +10,22 @@ from pathlib import Path
 import pytest
 import torch
 
+from fxsparse.comparison import Reference, load_config, parse_config, run, summarise_cells
 from fxsparse.comparison import cell as cell_module
-from fxsparse.comparison import load_config, parse_config, run, summarise_cells
 from fxsparse.comparison.cell import Cell, load, train
 from fxsparse.comparison.config import KINDS, build
 from fxsparse.comparison.page import write_page
 from fxsparse.comparison.results import markdown
 from fxsparse.comparison.runner import cells
+from fxsparse.data import digits
 from fxsparse.errors import ConfigError, DataError
-from fxsparse.sparsity import ERK, SharedSupport, Uniform, Unstructured, Wanda
-from fxsparse.training import ITOP, METHODS, PRUNINGS, Growth, OneShot, Regroup, RigL
+from fxsparse.nn import ThetaInit
+from fxsparse.sparsity import ERK, SharedSupport, Taylor, Uniform, Unstructured, Wanda
+from fxsparse.training import ITOP, METHODS, PRUNINGS, RESU, Growth, OneShot, Regroup, RigL
+from fxsparse.training.dsnot import DSNoT
+from fxsparse.training.resu_phases import Lengths
+from fxsparse.training.resu_subset import RandomDead
+from fxsparse.training.resu_theta import ThetaSGD
 
 PATTERNS = {"unstructured": Unstructured(), "shared-support:10": SharedSupport(10)}
 
@@ -43,11 +50,11 @@ def test_a_run_and_its_resumption(tmp_path, monkeypatch):
     home, arms = run(config, PATTERNS, progress=lambda cell, done, total: told.append(f"{done}/{total}"))
     assert told == [f"{i}/8" for i in range(1, 9)] and len(cells(config)) == 8
     assert [(arm.label, arm.accuracy.count) for arm in arms] == [("dense", 2), ("still", 2), ("rigl", 2), ("snip", 2)]
-    assert arms[0].flops == arms[0].memory == 1.0 and arms[0].against_static is None
-    assert all(arm.against_static is not None for arm in arms[2:]) and arms[1].against_static is None
+    assert arms[0].flops == arms[0].memory == 1.0 and arms[0].against is None
+    assert all(arm.against is not None for arm in arms[2:]) and arms[1].against is None
     for arm in arms[1:]:
         assert abs(arm.reached - 0.8) < 0.01
-    assert (home / "table.md").read_text() == markdown(arms)
+    assert (home / "table.md").read_text() == markdown(arms, Reference(method="still"))
     first = (home / "results.json").read_text()
 
     def refuse(*_: object) -> None:
@@ -111,11 +118,11 @@ def test_the_table_by_hand():
     }
     for seed, a in enumerate((0.7, 0.9)):
         found[Cell("m", "p", 0.9, seed)] = {**found[Cell("s", "p", 0.9, 0)], "test_accuracy": a}
-    still, moved = summarise_cells(found, "s")
+    still, moved = summarise_cells(found, Reference(method="s"))
     assert still.accuracy.mean == pytest.approx(0.55) and moved.accuracy.mean == pytest.approx(0.8)
-    assert moved.against_static.mean == pytest.approx(0.25)  # .2 and .3
+    assert moved.against.mean == pytest.approx(0.25)  # .2 and .3
     half = 12.706 * 0.05 * math.sqrt(2) / math.sqrt(2)
-    assert moved.against_static.half_width == pytest.approx(half, rel=1e-3)
+    assert moved.against.half_width == pytest.approx(half, rel=1e-3)
     assert "| m | p | 0.9 | 80.00 ± 127.06 | +25.00 ± 63.53 | 0.100 | 0.200 | 0.300 | 2 |" in markdown([still, moved])
 
 
@@ -148,6 +155,63 @@ def test_every_method_can_be_an_arm():
     assert build(arm["d"], 0.5, 0) == RigL(0.5, distribution=ERK())
 
 
+def test_options_that_have_options():
+    options = {
+        "theta": {"sgd": {"lr": 0.0}},
+        "subset": {"random": {"fraction": 0.5}},
+        "score": "taylor",
+        "init": "uniform",
+        "lengths": {"train": 0.5, "stabilize": 0.0, "resu": 0.5},
+        "refine": True,
+        "budget": [0.3, 0.1],
+    }
+    arm = parse_config({"methods": {"x": {"method": "RESU", "options": options}}}).methods["x"]
+    assert build(arm, 0.5, 1) == RESU(
+        0.5,
+        theta=ThetaSGD(lr=0.0),
+        subset=RandomDead(0.5),
+        score=Taylor(),
+        init=ThetaInit.UNIFORM,
+        lengths=Lengths(0.5, 0.0, 0.5),
+        refine=DSNoT(),
+        budget=(0.3, 0.1),
+        seed=1,
+    )
+
+
+def test_an_arm_has_its_own_patterns_and_any_arm_can_be_the_reference(tmp_path):
+    changes = {
+        "methods": {
+            "rigl": {"method": "RigL", "options": {"every": 3}},
+            "grouped": {"method": "GMP", "options": {"every": 3, "regroup": True}, "patterns": ["shared-support:10"]},
+        },
+        "reference": {"method": "rigl", "pattern": "unstructured"},
+        "train": {"steps": 6, "arch": "mlp", "hidden": [30, 20]},
+        "dense": False,
+    }
+    config = parse_config(small(tmp_path, **changes))
+    assert config.words == ["unstructured", "shared-support:10"]
+    assert [(cell.label, cell.pattern) for cell in cells(config)[::2]] == [
+        ("rigl", "unstructured"),
+        ("grouped", "shared-support:10"),
+    ]
+    home, arms = run(config, PATTERNS)
+    rows = {(row["cell"]["label"], row["cell"]["seed"]): row for row in json.loads((home / "results.json").read_text())}
+    differences = [rows["grouped", seed]["test_accuracy"] - rows["rigl", seed]["test_accuracy"] for seed in (0, 1)]
+    assert arms[0].against is None and arms[1].against.mean == pytest.approx(sum(differences) / 2)
+    assert "against rigl unstructured" in (home / "table.md").read_text().splitlines()[0]
+    mlp = cell_module._model(config, load(config), 0)
+    assert [tuple(p.shape) for p in mlp.parameters() if p.dim() == 2] == [(30, 64), (20, 30), (10, 20)]
+
+
+def test_convolutional_nets_of_a_comparison():
+    splits = digits(0)
+    image = torch.zeros(2, 1, 28, 28)
+    big = dataclasses.replace(splits, train=dataclasses.replace(splits.train, inputs=image))
+    for arch in ("lenet_5", "small_conv_net"):
+        assert cell_module._model(parse_config({"train": {"arch": arch}}), big, 0)(image).shape == (2, 10)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -167,6 +231,12 @@ def test_every_method_can_be_an_arm():
         ({"methods": {"x": {"method": "RigL", "options": {"distribution": "even"}}}}, "is none of uniform, erk"),
         ({"methods": {"dense": {"method": "RigL"}}}, "name of the dense arm"),
         ({"data": {"dataset": "idx"}}, "`data.folder`"),
+        ({"reference": {"method": "gmpp"}}, "`reference.method` \\(=gmpp\\) is none of"),
+        ({"train": {"arch": "mlp"}}, "`train.hidden` \\(=None\\)"),
+        ({"train": {"hidden": [3]}}, "`train.hidden` \\(=\\[3\\]\\)"),
+        ({"methods": {"x": {"method": "RESU", "options": {"theta": {"sgd": {"speed": 1}}}}}}, "RESU refuses"),
+        ({"methods": {"x": {"method": "RESU", "options": {"subset": {"some": {}}}}}}, "`options.subset`"),
+        ({"methods": {"x": {"method": "RESU", "options": {"lengths": 3}}}}, "`options.lengths` \\(=3\\)"),
     ],
 )
 def test_bad_configurations_name_the_field(values, message):
