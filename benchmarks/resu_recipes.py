@@ -45,6 +45,19 @@ def late(sparsity: float, cycles: int = 8, falling: int = 3) -> tuple[float, ...
     return tuple([*(round(sparsity * u, 6) for u in rising), *[sparsity] * (cycles - falling)])
 
 
+def by_gradient(sparsity: float, **options: object) -> RESU:
+    """Theta starts at 0 where the loss wants it most; alive weights train on beside it."""
+    values: dict[str, object] = {
+        "cycles": 8,
+        "freeze_active": False,
+        "budget": (0.2, 0.02),
+        "init": ThetaInit.ZERO,
+        "subset": TopGradient(0.2),
+        "lengths": Lengths(0.8, 0.0, 0.2),
+    }
+    return RESU(sparsity=sparsity, **(values | options))  # type: ignore[arg-type]  # checked by RESU itself
+
+
 RECIPES: dict[str, Callable[[float], RESU]] = {
     "default": lambda s: RESU(sparsity=s),
     "source": lambda s: RESU.source(s, cycle_steps=400, prune=fxsparse.sparsity.Magnitude()),
@@ -75,6 +88,21 @@ RECIPES: dict[str, Callable[[float], RESU]] = {
     "late, by gradient, from 0": lambda s: RESU(
         sparsity=s, cycles=8, schedule=late(s), freeze_active=False, budget=(0.2, 0.02), init=ThetaInit.ZERO,
         subset=TopGradient(0.2), lengths=Lengths(0.8, 0.0, 0.2),
+    ),
+    "by gradient, 8 cycles": lambda s: by_gradient(s),
+    "by gradient, 12 cycles": lambda s: by_gradient(s, cycles=12),
+    "by gradient, 8 cycles, .05": lambda s: by_gradient(s, subset=TopGradient(0.05)),
+    "by gradient, late, 12 cycles": lambda s: by_gradient(s, cycles=12, schedule=late(s, 12, 4)),
+    "by gradient, late, .3 - .05": lambda s: by_gradient(s, schedule=late(s), budget=(0.3, 0.05)),
+    "by gradient, late, final .25": lambda s: by_gradient(s, schedule=late(s), final_fraction=0.25),
+    "by gradient, late, final .25, .3 - .05": lambda s: by_gradient(
+        s, schedule=late(s), final_fraction=0.25, budget=(0.3, 0.05)
+    ),
+    "by gradient, late, 12 cycles, final .25": lambda s: by_gradient(
+        s, cycles=12, schedule=late(s, 12, 4), final_fraction=0.25, budget=(0.3, 0.05)
+    ),
+    "by gradient, late, 16 cycles, final .15": lambda s: by_gradient(
+        s, cycles=16, schedule=late(s, 16, 5), final_fraction=0.15, budget=(0.3, 0.05)
     ),
 }  # fmt: skip
 OTHERS: dict[str, Callable[[float], Method]] = {
@@ -152,13 +180,14 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(RECIPES), choices=list(RECIPES))
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.9, 0.95])
     parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--first-seed", type=int, default=0, help="fresh seeds for the confirmation of a choice")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--part", default="validation", choices=["validation", "test"])
     parser.add_argument("--cache", type=Path, help="file of finished runs")
     options = parser.parse_args()
     cache = Cache(options.cache)
     warnings.filterwarnings("ignore", "theta hardly moved")
-    seeds = range(options.seeds)
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
     print(f"{'sparsity':>8} {'arm':<34} {'mean':>6} {'std':>5}  paired difference of the recipe to it")
     for sparsity in options.sparsity:
         known: dict[str, list[float]] = {}

@@ -9,9 +9,11 @@ from typing import ClassVar
 from torch import Tensor
 
 from fxsparse.errors import ConfigError
+from fxsparse.nn import ThetaInit
 from fxsparse.sparsity.counts import check_sparsity
 from fxsparse.training.resu import RESU
-from fxsparse.training.resu_phases import Cycle, Timeline, grow_cycles
+from fxsparse.training.resu_phases import Cycle, Lengths, Timeline, grow_cycles
+from fxsparse.training.resu_subset import AllDead, Subset
 from fxsparse.training.state import WeightState
 
 
@@ -22,6 +24,8 @@ class Densify(RESU):
     Cycle i trains at `path[i]`, trains the dead positions, and commits at `path[i + 1]`: all alive
     weights stay and the best of the trained join them. A last sparsity of 0 makes every weight alive with its theta.
 
+    Its other defaults are those of `RESU.frozen`.
+
     Attributes:
         path: Falling sparsities, the initial one first; `sparsity` is the last one.
         initial: A saliency to draw the first masks by; a sparse model keeps its own.
@@ -29,6 +33,14 @@ class Densify(RESU):
 
     sparsity: float = 0.0
     path: tuple[float, ...] = (0.7, 0.5, 0.3, 0.1, 0.0)
+
+    cycles: int = 5
+    lengths: Lengths = Lengths(0.6, 0.1, 0.3)
+    final_fraction: float = 0.5
+    subset: Subset = AllDead()
+    init: ThetaInit = ThetaInit.NORMAL
+    freeze_active: bool = True
+    budget: tuple[float, float] = (0.10, 0.02)
 
     grows: ClassVar[bool] = True
 

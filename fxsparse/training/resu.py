@@ -22,23 +22,35 @@ from fxsparse.training.dsnot import DSNoT
 from fxsparse.training.gmp import GMP
 from fxsparse.training.handle import Handle
 from fxsparse.training.resu_phases import Cycle, Lengths, Phase, Timeline, cycle_ends, prune_cycles
-from fxsparse.training.resu_subset import AllDead, Subset
+from fxsparse.training.resu_subset import AllDead, Subset, TopGradient
 from fxsparse.training.resu_theta import Selective, ThetaAdamW, ThetaRule
 from fxsparse.training.resu_tournament import reserved, tournament
 from fxsparse.training.state import WeightState
 from fxsparse.training.updater import Method
 
 Schedule = type[SparsitySchedule] | tuple[float, ...]
+_FROZEN: dict[str, Any] = {
+    "cycles": 5,
+    "rise": None,
+    "lengths": Lengths(0.6, 0.1, 0.3),
+    "final_fraction": 0.5,
+    "subset": AllDead(),
+    "init": ThetaInit.NORMAL,
+    "freeze_active": True,
+    "budget": (0.10, 0.02),
+}
 
 
 @dataclass(frozen=True)
 class RESU(Method):
     """Resurrection of sparse units: TRAIN, PRUNE, STABILIZE, RESU, COMMIT over cycles, then a final training.
 
-    In a RESU phase the alive weights are frozen and the dead positions hold parameters theta, which are trained. COMMIT
-    is a tournament of both in which a quota r is reserved for the resurrected (amnesty). PRUNE never revives, COMMIT
-    keeps the count. The defaults end with a final training under fixed masks; `RESU.source()` has the original's
-    settings.
+    In a RESU phase dead positions hold parameters theta, which are trained. COMMIT is a tournament of theta and the
+    alive weights, in which a quota r is reserved for the resurrected (amnesty). PRUNE never revives, COMMIT keeps the
+    count. By default the sparsity is reached in the fourth of eight cycles, theta starts at 0 in the dead positions
+    with the largest gradient, the alive weights train beside it, and a final training has fixed masks: of the recipes
+    in `benchmarks/resu_recipes.py` the one whose resurrection pays. `RESU.frozen()` freezes the alive weights instead
+    and trains all dead positions; `RESU.source()` has the original's settings.
 
     All patterns: theta, quota and tournament are counted in the pattern's units, so a position of a `SharedSupport` is
     resurrected for all rows of its group. Under N:M only groups with a free place are trained: an exact N:M mask has
@@ -46,8 +58,11 @@ class RESU(Method):
 
     Attributes:
         cycles: Number C of cycles.
-        schedule: The sparsity of cycle c at progress c / (C - 1): a class of `SparsitySchedule`, or the list itself.
+        schedule: The sparsity of cycle c at progress c / (C - 1), C being `rise` where that is less: a class of
+            `SparsitySchedule`, or the list itself.
         initial_sparsity: Where the schedule starts.
+        rise: Cycles in which a schedule's class rises, at least 1; later ones exchange at the last sparsity. None, or
+            more than there are = all.
         lengths: Shares of the phases in a cycle.
         cycle_steps: Steps of a cycle; None = the cycles share what the final training leaves.
         final_fraction: Fraction of all steps that the final training takes, where `cycle_steps` is None.
@@ -68,22 +83,23 @@ class RESU(Method):
         total_steps: Length of the training; attach sets it.
     """
 
-    cycles: int = 5
+    cycles: int = 8
     schedule: Schedule = CubicSparsity
     initial_sparsity: float = 0.0
-    lengths: Lengths = Lengths()
+    rise: int | None = 4
+    lengths: Lengths = Lengths(0.8, 0.0, 0.2)
     cycle_steps: int | None = None
-    final_fraction: float = 0.5
+    final_fraction: float = 0.25
     theta: ThetaRule = ThetaAdamW()
-    subset: Subset = AllDead()
-    init: ThetaInit = ThetaInit.NORMAL
+    subset: Subset = TopGradient(0.2)
+    init: ThetaInit = ThetaInit.ZERO
     epsilon: float = 0.1
-    freeze_active: bool = True
+    freeze_active: bool = False
     train_rest: bool = True
     keep_state: bool = False
     prune: Saliency = Magnitude()
     score: Saliency = Magnitude()
-    budget: tuple[float, float] = (0.10, 0.02)
+    budget: tuple[float, float] = (0.2, 0.02)
     calibration: int = 8
     refine: DSNoT | None = None
     pauses: tuple[int, ...] = ()
@@ -91,6 +107,16 @@ class RESU(Method):
 
     any_start: ClassVar[bool] = True
     grows: ClassVar[bool] = False
+
+    @classmethod
+    def frozen(cls, sparsity: float, **options: Any) -> Self:
+        """Alive weights stand still in RESU phases, all dead ones are trained from small draws; five cubic cycles.
+
+        Args:
+            sparsity: Of the last cycle.
+            options: Other fields to set.
+        """
+        return cls(sparsity=sparsity, **{**_FROZEN, **options})
 
     @classmethod
     def source(cls, sparsity: float = 0.7, **options: Any) -> Self:
@@ -101,6 +127,7 @@ class RESU(Method):
             options: Other fields to set.
         """
         preset: dict[str, Any] = {
+            **_FROZEN,
             "schedule": LinearSparsity,
             "cycle_steps": 1000,
             "theta": Selective(),
@@ -115,6 +142,8 @@ class RESU(Method):
             check_count(getattr(self, name), name, 1)
         if self.cycle_steps is not None:
             check_count(self.cycle_steps, "cycle_steps", 1)
+        if self.rise is not None:
+            check_count(self.rise, "rise", 1)
         check_fraction(self.final_fraction, "final_fraction")
         for value in self.budget:
             check_fraction(value, "budget")
@@ -154,7 +183,8 @@ class RESU(Method):
         if isinstance(self.schedule, tuple):
             return self.schedule
         curve = self.schedule(self.initial_sparsity, self.sparsity, 0, 1)
-        chosen = tuple(curve.at_cycle(cycle, self.cycles) for cycle in range(self.cycles))
+        rise = min(self.rise or self.cycles, self.cycles)
+        chosen = tuple(curve.at_cycle(min(cycle, rise - 1), rise) for cycle in range(self.cycles))
         if isinstance(self.pattern, NByM) and self.pattern.exact:
             return tuple(self.sparsity if value > 0 else 0.0 for value in chosen)
         return chosen

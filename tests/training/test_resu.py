@@ -70,7 +70,7 @@ def test_golden_cycle_of_1000_steps():
 
 
 def test_the_final_training_takes_its_share():
-    timeline = RESU(sparsity=0.9).timed(2000).timeline
+    timeline = RESU.frozen(sparsity=0.9).timed(2000).timeline
     assert timeline.cycles[-1].end == 1000 and [cycle.end for cycle in timeline.cycles] == [200, 400, 600, 800, 1000]
     assert timeline.phase(1001)[0] is Phase.FINAL
 
@@ -85,33 +85,47 @@ GOLDEN_SPARSITIES = {
 
 @pytest.mark.parametrize("schedule", GOLDEN_SPARSITIES)
 def test_golden_sparsities(schedule):
-    method = RESU(sparsity=0.7, schedule=schedule)
+    method = RESU.frozen(sparsity=0.7, schedule=schedule)
     assert method.sparsities == pytest.approx(GOLDEN_SPARSITIES[schedule], abs=5e-6) and method.sparsities[-1] == 0.7
+
+
+def test_the_default_reaches_its_sparsity_in_the_fourth_cycle_and_exchanges_there():
+    method = RESU(sparsity=0.8).timed(3200)
+    rising = (0.0, 0.8 * 19 / 27, 0.8 * 26 / 27, 0.8)  # cubic, u = 0, 1/3, 2/3, 1
+    assert method.sparsities == pytest.approx((*rising, 0.8, 0.8, 0.8, 0.8), abs=1e-12)
+    assert [cycle.end for cycle in method.timeline.cycles] == [300 * i for i in range(1, 9)]  # a quarter is left
+    assert method.timeline.phases == 7 and method.timeline.cycles[0].sparsity is None
+    third = method.timeline.cycles[3]
+    assert (third.prune, third.enter, third.end) == (1140, 1140, 1200)  # no STABILIZE, a fifth for theta
+    assert [round(method.budget_at(j), 12) for j in range(7)] == [0.2, 0.17, 0.14, 0.11, 0.08, 0.05, 0.02]
+    assert RESU(sparsity=0.8, cycles=2).sparsities == (0.0, 0.8) and RESU(sparsity=0.8, cycles=1).sparsities == (0.8,)
+    assert RESU(sparsity=0.8, rise=None).sparsities == RESU(sparsity=0.8, rise=8).sparsities
+    assert RESU(sparsity=0.8, rise=1).sparsities == (0.8,) * 8
 
 
 def test_one_cycle_reaches_the_sparsity_and_warms_up():
     """One cycle means u = 1, not a schedule that never leaves its start."""
-    method = RESU(sparsity=0.8, cycles=1).timed(100)
+    method = RESU.frozen(sparsity=0.8, cycles=1).timed(100)
     assert method.sparsities == (0.8,) and method.timeline.cycles[0].sparsity == 0.8
     assert method.sparsity_at(0) == 0.0 and method.sparsity_at(29) == 0.0 and method.sparsity_at(30) == 0.8
 
 
 def test_a_list_drives_the_cycles_verbatim():
-    method = RESU(sparsity=0.9, cycles=3, schedule=(0.0, 0.5, 0.9)).timed(60)
+    method = RESU.frozen(sparsity=0.9, cycles=3, schedule=(0.0, 0.5, 0.9)).timed(60)
     assert [cycle.sparsity for cycle in method.timeline.cycles] == [None, 0.5, 0.9]
     with pytest.raises(ConfigError, match="must list"):
-        RESU(sparsity=0.9, cycles=2, schedule=(0.0, 0.5, 0.9))
+        RESU.frozen(sparsity=0.9, cycles=2, schedule=(0.0, 0.5, 0.9))
     with pytest.raises(ConfigError, match="must not fall"):
-        RESU(sparsity=0.5, cycles=2, schedule=(0.6, 0.5))
+        RESU.frozen(sparsity=0.5, cycles=2, schedule=(0.6, 0.5))
     with pytest.raises(ConfigError, match="the schedule's last"):
-        RESU(sparsity=0.8, cycles=2, schedule=(0.6, 0.9))
+        RESU.frozen(sparsity=0.8, cycles=2, schedule=(0.6, 0.9))
 
 
 def test_golden_budget_over_phases_that_there_are():
-    method = RESU(sparsity=0.9, cycles=6).timed(600)  # cycle 0 is dense: J = 5
+    method = RESU.frozen(sparsity=0.9, cycles=6).timed(600)  # cycle 0 is dense: J = 5
     assert method.timeline.phases == 5
     assert [method.budget_at(j) for j in range(5)] == pytest.approx([0.10, 0.08, 0.06, 0.04, 0.02], abs=1e-12)
-    assert RESU(sparsity=0.9, cycles=1).timed(100).budget_at(0) == 0.10
+    assert RESU.frozen(sparsity=0.9, cycles=1).timed(100).budget_at(0) == 0.10
 
 
 @settings(max_examples=40, deadline=None)
@@ -122,7 +136,7 @@ def test_golden_budget_over_phases_that_there_are():
     lengths=st.sampled_from([Lengths(), Lengths(0.5, 0.0, 0.5), Lengths(0.1, 0.2, 0.7), Lengths(0.7, 0.3, 0.0)]),
 )
 def test_phases_partition_the_steps(cycles, total, final, lengths):
-    method = RESU(sparsity=0.9, cycles=cycles, final_fraction=final, lengths=lengths)
+    method = RESU.frozen(sparsity=0.9, cycles=cycles, final_fraction=final, lengths=lengths)
     try:
         timeline = method.timed(total).timeline
     except ConfigError as error:
@@ -165,7 +179,8 @@ def test_densification_commits_at_the_next_sparsity():
         ({"prune": "magnitude"}, "`prune`"),
         ({"init": "normal"}, "`init`"),
         ({"refine": "dsnot"}, "`refine`"),
-        ({"pauses": (5,)}, "`pauses`"),
+        ({"pauses": (8,)}, "`pauses`"),
+        ({"rise": 0}, "`rise`"),
         ({"initial_sparsity": 0.95}, "must not fall"),
         ({"sparsity": 1.0}, "`sparsity`"),
     ],
@@ -192,8 +207,8 @@ def test_settings_are_checked(options, message):
         (lambda: DSNoT(swaps=0), "`swaps`"),
         (lambda: Densify(path=(0.5, 0.7)), "falling"),
         (lambda: Densify(path=(0.7, 0.2)), "the path's last"),
-        (lambda: RESU(sparsity=0.9).timed(None), "`total_steps`"),
-        (lambda: RESU(sparsity=0.9).timed(9), "too short"),
+        (lambda: RESU.frozen(sparsity=0.9).timed(None), "`total_steps`"),
+        (lambda: RESU.frozen(sparsity=0.9).timed(9), "too short"),
         (lambda: RESU.source().timed(4999), "must be at least"),
     ],
 )
@@ -305,7 +320,9 @@ def test_a_commit_conserves_the_count_and_the_pattern(pattern, rows, columns, ke
     weight = torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
     mask = pattern.mask(torch.rand(shape, generator=torch.Generator().manual_seed(seed + 1)), 0.5)
     exact = isinstance(pattern, NByM) and pattern.exact
-    method = RESU(sparsity=0.5, cycles=1, pattern=pattern, budget=(budget, budget), distribution=Uniform()).timed(40)
+    method = RESU.frozen(
+        sparsity=0.5, cycles=1, pattern=pattern, budget=(budget, budget), distribution=Uniform()
+    ).timed(40)
     commit = method.timeline.cycles[0].end
     free = candidates(pattern.units(shape), pattern.units(shape).collect(mask))
     trained = pattern.units(shape).spread(free) & ~mask
@@ -334,7 +351,7 @@ def test_a_commit_conserves_the_count_and_the_pattern(pattern, rows, columns, ke
 
 
 def pruner(**options) -> tuple[RESU, int]:
-    method = RESU(cycles=1, distribution=Uniform(), **options).timed(40)
+    method = RESU.frozen(cycles=1, distribution=Uniform(), **options).timed(40)
     return method, method.timeline.cycles[0].prune
 
 
@@ -374,7 +391,7 @@ def _with_inputs(state: WeightState, norms: list[float]) -> WeightState:
 
 @pytest.mark.parametrize("score", [Magnitude(), Taylor(), Wanda()])
 def test_the_tournament_reads_its_score(score):
-    method = RESU(sparsity=0.5, cycles=1, score=score, budget=(0.5, 0.5), distribution=Uniform()).timed(40)
+    method = RESU.frozen(sparsity=0.5, cycles=1, score=score, budget=(0.5, 0.5), distribution=Uniform()).timed(40)
     weight, gradient = torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([[9.0, 1.0, 9.0, 1.0]])
     mask = torch.tensor([[True, True, False, False]])
     state = state_of(Unstructured(), weight, mask, ~mask, method.timeline.cycles[0].end, memory={"gradient": gradient})
@@ -400,8 +417,8 @@ def test_golden_densification(distribution):
 
 
 def test_n_by_m_goes_straight_to_its_sparsity():
-    method = RESU(sparsity=0.5, pattern=NByM(2, 4), cycles=4)
+    method = RESU.frozen(sparsity=0.5, pattern=NByM(2, 4), cycles=4)
     assert method.sparsities == (0.0, 0.5, 0.5, 0.5)
     method.timed(100).check(NByM(2, 4))
     with pytest.raises(ConfigError, match="the method's own"):
-        RESU(sparsity=0.5).timed(100).check(NByM(2, 4))
+        RESU.frozen(sparsity=0.5).timed(100).check(NByM(2, 4))

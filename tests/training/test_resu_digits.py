@@ -73,7 +73,7 @@ def test_learnt_theta_beats_drawn_theta():
     for seed in SEEDS:
         runs = []
         for theta in (ThetaAdamW(), ThetaAdamW(lr=0.0)):
-            method = RESU(sparsity=0.9, cycles=1, theta=theta, train_rest=False, budget=(0.1, 0.1), seed=seed)
+            method = RESU.frozen(sparsity=0.9, cycles=1, theta=theta, train_rest=False, budget=(0.1, 0.1), seed=seed)
             runs.append(Losses(method, seed, small, 16))
         trained, drawn = runs
         assert trained.at["enter", 0] == drawn.at["enter", 0]  # the same until theta moves
@@ -88,7 +88,7 @@ def test_learnt_theta_beats_drawn_theta():
 
 
 def test_a_training_on_digits_heals_after_its_last_commit():
-    run = Losses(RESU(sparsity=0.95), 0)
+    run = Losses(RESU.frozen(sparsity=0.95), 0)
     falls = [run.at["enter", cycle] - run.at["last", cycle] for cycle in range(1, 5)]
     assert min(falls[1:]) > 0.1  # at the first phase's 48 % there is no loss left to fall
     assert run.final < run.at["commit", 4]
@@ -103,7 +103,7 @@ def test_a_training_on_digits_heals_after_its_last_commit():
 
 
 def test_the_trainer_stops_and_goes_on_bit_for_bit():
-    task, method = task_of(epochs=4), RESU(sparsity=0.9, cycles=2)
+    task, method = task_of(epochs=4), RESU.frozen(sparsity=0.9, cycles=2)
     whole = RESUTrainer(task, method, 3)
     whole.run()
     first = RESUTrainer(task, method, 3)
@@ -123,7 +123,7 @@ def test_what_the_trainer_refuses():
     with pytest.raises(ConfigError, match="must be a RESU"):
         RESUTrainer(task_of(), RigL(sparsity=0.9))
     with pytest.raises(ConfigError, match="no masks"):
-        RESUTrainer(task_of(lambda: lenet_300_100(64, 10)), RESU(sparsity=0.9))
+        RESUTrainer(task_of(lambda: lenet_300_100(64, 10)), RESU.frozen(sparsity=0.9))
     task = Task(lenet, DATA.train, None, epochs=2)
     with pytest.raises(ConfigError, match="`validation`"):
-        RESUTrainer(task, RESU(sparsity=0.9, cycles=1)).evaluate()
+        RESUTrainer(task, RESU.frozen(sparsity=0.9, cycles=1)).evaluate()

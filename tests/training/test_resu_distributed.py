@@ -57,9 +57,9 @@ def train(method):
 
 common = {"sparsity": 0.5, "cycles": 2, "distribution": Uniform(), "budget": (0.3, 0.2), "theta": ThetaSGD(lr=2.0**-5)}
 methods = {
-    "plain": RESU(**common),
-    "by gradient": RESU(**common, score=Taylor(), prune=Taylor(), subset=TopGradient(0.5)),
-    "by inputs": RESU(**common, score=Wanda(), prune=Wanda()),
+    "plain": RESU.frozen(**common),
+    "by gradient": RESU.frozen(**common, score=Taylor(), prune=Taylor(), subset=TopGradient(0.5)),
+    "by inputs": RESU.frozen(**common, score=Wanda(), prune=Wanda()),
 }
 (Path(sys.argv[1]) / f"{ranks}_{rank}.json").write_text(json.dumps({n: train(m) for n, m in methods.items()}))
 dist.destroy_process_group()

@@ -54,7 +54,7 @@ def test_modes_and_counts_along_a_training():
 @pytest.mark.parametrize("keep_state", [False, True])
 def test_frozen_weights_stand_still_bit_for_bit(make, keep_state):
     """Decay and stale momentum move W[M] unless the optimizer does not see the weight at all."""
-    method = RESU(sparsity=0.8, cycles=2, schedule=(0.5, 0.8), distribution=Uniform(), keep_state=keep_state)
+    method = RESU.frozen(sparsity=0.8, cycles=2, schedule=(0.5, 0.8), distribution=Uniform(), keep_state=keep_state)
     run = Run(method, make).to_phase(0)
     before, kept = run.weights(), run.masks()
     previous = before
@@ -74,7 +74,7 @@ def test_frozen_weights_stand_still_bit_for_bit(make, keep_state):
 
 
 def test_kept_state_survives_a_phase_and_only_changed_entries_are_reset():
-    method = RESU(sparsity=0.5, cycles=1, keep_state=True, distribution=Uniform(), budget=(0.3, 0.3))
+    method = RESU.frozen(sparsity=0.5, cycles=1, keep_state=True, distribution=Uniform(), budget=(0.3, 0.3))
     run = Run(method)
     run.to_phase(0)
     weight = masked_weights(run.model)["0.weight"].weight
@@ -85,7 +85,7 @@ def test_kept_state_survives_a_phase_and_only_changed_entries_are_reset():
 
 
 def test_alive_weights_train_where_they_are_not_frozen():
-    run = Run(RESU(sparsity=0.6, cycles=1, freeze_active=False, distribution=Uniform())).to_phase(0)
+    run = Run(RESU.frozen(sparsity=0.6, cycles=1, freeze_active=False, distribution=Uniform())).to_phase(0)
     reference = copy.deepcopy(run.model)  # the main optimizer alone on M * G
     weight = masked_weights(run.model)["0.weight"]
     mask, before = weight.mask.clone(), weight.weight.detach().clone()
@@ -110,7 +110,7 @@ def test_alive_weights_train_where_they_are_not_frozen():
 
 @pytest.mark.parametrize("train_rest", [True, False])
 def test_the_rest_trains_where_it_should(train_rest):
-    run = Run(RESU(sparsity=0.8, cycles=1, train_rest=train_rest, distribution=Uniform())).to_phase(0)
+    run = Run(RESU.frozen(sparsity=0.8, cycles=1, train_rest=train_rest, distribution=Uniform())).to_phase(0)
     names = ("0.bias", "1.weight", "1.bias", "3.bias")
     before = {name: run.model.get_parameter(name).detach().clone() for name in names}
     statistics = run.model[1].running_mean.clone()
@@ -123,7 +123,7 @@ def test_the_rest_trains_where_it_should(train_rest):
 
 
 def test_losers_and_untrained_positions_hold_zeros():
-    method = RESU(sparsity=0.6, cycles=2, schedule=(0.6, 0.6), subset=CyclicDead(3), distribution=Uniform())
+    method = RESU.frozen(sparsity=0.6, cycles=2, schedule=(0.6, 0.6), subset=CyclicDead(3), distribution=Uniform())
     run = Run(method).to_phase(0)
     for step in range(run.cycles[0].enter, run.cycles[0].end):
         for name, unit in run.units().items():
@@ -139,7 +139,7 @@ def test_losers_and_untrained_positions_hold_zeros():
 
 
 def test_the_gradient_subset_is_that_of_the_batch_at_whose_end_the_phase_begins():
-    method = RESU(sparsity=0.6, cycles=1, subset=TopGradient(0.25), distribution=Uniform())
+    method = RESU.frozen(sparsity=0.6, cycles=1, subset=TopGradient(0.25), distribution=Uniform())
     run = Run(method)
     run.go(run.cycles[0].enter - 1)
     dense = copy.deepcopy(run.model)
@@ -155,7 +155,7 @@ def test_the_gradient_subset_is_that_of_the_batch_at_whose_end_the_phase_begins(
 
 
 def test_an_alive_weight_at_zero_is_no_dead_one():
-    run = Run(RESU(sparsity=0.5, cycles=1, distribution=Uniform()))
+    run = Run(RESU.frozen(sparsity=0.5, cycles=1, distribution=Uniform()))
     run.go(run.cycles[0].prune)
     weight = masked_weights(run.model)["0.weight"]
     position = tuple(weight.mask.nonzero()[0].tolist())
@@ -180,7 +180,7 @@ def test_every_rule_moves_theta_by_its_own_steps():
     )
     ends = []
     for rule in rules:
-        run = Run(RESU(sparsity=0.7, cycles=1, theta=rule, distribution=Uniform())).to_phase(0)
+        run = Run(RESU.frozen(sparsity=0.7, cycles=1, theta=rule, distribution=Uniform())).to_phase(0)
         start = run.weights()["0.weight"]
         run.go(run.cycles[0].end - 1)
         ends.append(run.weights()["0.weight"])
@@ -210,7 +210,7 @@ def test_every_setting_is_binding(change):
     base = {"sparsity": 0.7, "cycles": 2, "distribution": Uniform(), "schedule": (0.4, 0.7)}
     if "calibration" in change:
         base["prune"] = Gradient()
-    plain, changed = Run(RESU(**base)).go(TOTAL), Run(RESU(**{**base, **change})).go(TOTAL)
+    plain, changed = Run(RESU.frozen(**base)).go(TOTAL), Run(RESU.frozen(**{**base, **change})).go(TOTAL)
     assert any(not torch.equal(one, changed.weights()[name]) for name, one in plain.weights().items())
 
 
@@ -222,7 +222,9 @@ def test_every_setting_is_binding(change):
 @pytest.mark.parametrize("freeze", [True, False])
 def test_every_pattern_through_a_whole_training(pattern, freeze):
     run = Run(
-        RESU(sparsity=0.6, cycles=2, pattern=pattern, distribution=Uniform(), freeze_active=freeze, budget=(0.3, 0.2))
+        RESU.frozen(
+            sparsity=0.6, cycles=2, pattern=pattern, distribution=Uniform(), freeze_active=freeze, budget=(0.3, 0.2)
+        )
     ).go(TOTAL)
     for name, weight in masked_weights(run.model).items():
         pattern.check(weight.mask)
@@ -234,7 +236,7 @@ def test_every_pattern_through_a_whole_training(pattern, freeze):
 
 
 def test_an_exact_n_by_m_has_nothing_to_resurrect_and_says_so():
-    run = Run(RESU(sparsity=0.5, cycles=2, pattern=NByM(2, 4), distribution=Uniform()))
+    run = Run(RESU.frozen(sparsity=0.5, cycles=2, pattern=NByM(2, 4), distribution=Uniform()))
     with pytest.warns(UserWarning, match="nothing to resurrect"):
         run.go(TOTAL)
     assert all(row.trained == row.won == 0 for row in run.handle.report().resurrections)
@@ -243,7 +245,7 @@ def test_an_exact_n_by_m_has_nothing_to_resurrect_and_says_so():
 
 
 def test_shared_positions_are_resurrected_for_their_group():
-    run = Run(RESU(sparsity=0.5, cycles=1, pattern=SharedSupport(4), distribution=Uniform(), budget=(0.5, 0.5)))
+    run = Run(RESU.frozen(sparsity=0.5, cycles=1, pattern=SharedSupport(4), distribution=Uniform(), budget=(0.5, 0.5)))
     run.to_phase(0)
     before = run.masks()
     run.go(run.cycles[0].end)
@@ -258,7 +260,7 @@ def test_shared_positions_are_resurrected_for_their_group():
 
 
 def test_the_report_counts_what_happened():
-    run = Run(RESU(sparsity=0.8, cycles=3, schedule=(0.4, 0.6, 0.8), distribution=Uniform(), budget=(0.3, 0.1)))
+    run = Run(RESU.frozen(sparsity=0.8, cycles=3, schedule=(0.4, 0.6, 0.8), distribution=Uniform(), budget=(0.3, 0.1)))
     revived: dict[str, torch.Tensor] = {}
     rows = iter([])
     for cycle in run.cycles:
@@ -286,7 +288,7 @@ def test_the_report_counts_what_happened():
 
 
 def test_movement_is_measured_from_the_draw():
-    run = Run(RESU(sparsity=0.8, cycles=1, distribution=Uniform(), theta=ThetaSGD(lr=0.3))).to_phase(0)
+    run = Run(RESU.frozen(sparsity=0.8, cycles=1, distribution=Uniform(), theta=ThetaSGD(lr=0.3))).to_phase(0)
     start, mask = run.weights(), run.masks()
     run.go(run.cycles[0].end - 1)
     held = run.weights()
@@ -303,11 +305,11 @@ def test_movement_is_measured_from_the_draw():
 
 @pytest.mark.filterwarnings("default:theta hardly moved:UserWarning")
 def test_theta_that_hardly_moves_is_reported():
-    run = Run(RESU(sparsity=0.8, cycles=1, distribution=Uniform(), theta=ThetaSGD(lr=1e-6)))
+    run = Run(RESU.frozen(sparsity=0.8, cycles=1, distribution=Uniform(), theta=ThetaSGD(lr=1e-6)))
     with pytest.warns(UserWarning, match=r"theta hardly moved in cycle 0 .*0\.weight, 3\.weight"):
         run.go(run.cycles[0].end)
     assert all(row.won > 0 and row.movement < 1e-3 for row in run.handle.report().resurrections)  # by quota alone
-    control = Run(RESU(sparsity=0.8, cycles=1, distribution=Uniform(), theta=ThetaSGD(lr=0.0)))
+    control = Run(RESU.frozen(sparsity=0.8, cycles=1, distribution=Uniform(), theta=ThetaSGD(lr=0.0)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         control.go(control.cycles[0].end)  # the control arm asked for it
@@ -354,7 +356,7 @@ def test_pauses_run_in_sparse_mode_under_the_masked_rule():
         assert run.handle.step == state["step"]
         seen.append((cycle, run.handle.step))
 
-    method = RESU(
+    method = RESU.frozen(
         sparsity=0.8,
         cycles=3,
         schedule=(0.4, 0.6, 0.8),
@@ -378,11 +380,11 @@ def test_a_pause_must_leave_masks_and_zeros_alone():
         fxsparse.set_masks(model, {"0.weight": torch.ones(16, 12, dtype=torch.bool)})
 
     for spoil, message in ((spoil_zeros, "wrote dead entries of 0.weight"), (spoil_masks, "changed masks")):
-        run = Run(RESU(sparsity=0.8, cycles=1, distribution=Uniform(), pauses=(0,)))
+        run = Run(RESU.frozen(sparsity=0.8, cycles=1, distribution=Uniform(), pauses=(0,)))
         run.handle.on_pause(spoil)
         with pytest.raises(DataError, match=message):
             run.go(TOTAL)
-    run = Run(RESU(sparsity=0.8, cycles=1, distribution=Uniform(), pauses=(0,)))
+    run = Run(RESU.frozen(sparsity=0.8, cycles=1, distribution=Uniform(), pauses=(0,)))
     with pytest.warns(UserWarning, match="on_pause"):
         run.go(TOTAL)
 
@@ -414,7 +416,7 @@ def test_the_model_is_folded_while_the_handle_lives_but_not_in_a_phase():
 
 
 def test_nothing_keeps_a_model_alive():
-    run = Run(RESU(sparsity=0.8, cycles=3, score=Wanda(), prune=Taylor(), distribution=Uniform())).to_phase(1, 1)
+    run = Run(RESU.frozen(sparsity=0.8, cycles=3, score=Wanda(), prune=Taylor(), distribution=Uniform())).to_phase(1, 1)
     reference = weakref.ref(run.model)
     del run
     gc.collect()

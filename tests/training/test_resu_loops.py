@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:theta hardly moved:UserWarning")
 
 @pytest.mark.parametrize("freeze", [True, False])
 def test_the_clip_norm_counts_what_is_trained(freeze):
-    run = Run(RESU(sparsity=0.8, cycles=1, distribution=Uniform(), freeze_active=freeze)).to_phase(0)
+    run = Run(RESU.frozen(sparsity=0.8, cycles=1, distribution=Uniform(), freeze_active=freeze)).to_phase(0)
     units = run.units()
 
     def check(_: Run) -> None:
@@ -48,7 +48,9 @@ def test_accumulated_micro_batches_are_one_batch(score):
         with torch.no_grad():
             for i, parameter in enumerate(model.parameters()):
                 parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
-        method = RESU(sparsity=0.7, cycles=2, distribution=Uniform(), score=score, prune=score, theta=ThetaSGD(lr=0.1))
+        method = RESU.frozen(
+            sparsity=0.7, cycles=2, distribution=Uniform(), score=score, prune=score, theta=ThetaSGD(lr=0.1)
+        )
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         attach(model, optimizer, method, TOTAL)
         for step in range(TOTAL):
@@ -107,14 +109,14 @@ def test_a_non_finite_gradient_in_a_phase_moves_nothing():
 def test_non_finite_gradients_raise_where_that_was_asked_for():
     from fxsparse.training.updater import NonFinite
 
-    run = Run(RESU(sparsity=0.8, cycles=1, non_finite=NonFinite.RAISE, distribution=Uniform())).to_phase(0)
+    run = Run(RESU.frozen(sparsity=0.8, cycles=1, non_finite=NonFinite.RAISE, distribution=Uniform())).to_phase(0)
     with pytest.raises(DataError, match="non-finite"):
         run.go(run.step + 1, lambda run: run.model[0].weight.grad.fill_(float("inf")))
 
 
 @pytest.mark.parametrize("event", ["prune", "end"])
 def test_a_mask_is_never_chosen_from_weights_that_are_not_finite(event):
-    run = Run(RESU(sparsity=0.8, cycles=1, distribution=Uniform()))
+    run = Run(RESU.frozen(sparsity=0.8, cycles=1, distribution=Uniform()))
     run.go(getattr(run.cycles[0], event) - 1)
     before = run.masks()
     x, y = batch(run.step)
@@ -131,10 +133,10 @@ def test_a_mask_is_never_chosen_from_weights_that_are_not_finite(event):
 
 def test_maximizing_optimizers_take_theta_uphill():
     down = Run(
-        RESU(sparsity=0.8, cycles=1, distribution=Uniform(), theta=ThetaSGD()), lambda p: torch.optim.SGD(p, 0.1)
+        RESU.frozen(sparsity=0.8, cycles=1, distribution=Uniform(), theta=ThetaSGD()), lambda p: torch.optim.SGD(p, 0.1)
     )
     up = Run(
-        RESU(sparsity=0.8, cycles=1, distribution=Uniform(), theta=ThetaSGD()),
+        RESU.frozen(sparsity=0.8, cycles=1, distribution=Uniform(), theta=ThetaSGD()),
         lambda p: torch.optim.SGD(p, 0.1, maximize=True),
     )
     gains = []
@@ -162,7 +164,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("freeze", [True, False])
 def test_every_optimizer_through_a_whole_training(name, freeze):
-    method = RESU(sparsity=0.8, cycles=2, freeze_active=freeze, distribution=Uniform())
+    method = RESU.frozen(sparsity=0.8, cycles=2, freeze_active=freeze, distribution=Uniform())
     run = Run(method, OPTIMIZERS[name]).to_phase(1)
     before, kept = run.weights(), run.masks()
     run.go(run.step + 3)
@@ -180,7 +182,7 @@ def test_every_optimizer_through_a_whole_training(name, freeze):
 @pytest.mark.parametrize("keep_state", [False, True])
 def test_a_closure_is_followed(keep_state):
     """LBFGS keeps one direction for all weights, frozen ones included."""
-    method = RESU(sparsity=0.7, cycles=2, distribution=Uniform(), keep_state=keep_state)
+    method = RESU.frozen(sparsity=0.7, cycles=2, distribution=Uniform(), keep_state=keep_state)
     run = Run(method, lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3))
     frozen = []
     with warnings.catch_warnings():
@@ -248,7 +250,7 @@ def test_evaluation_is_no_calibration_and_errors_close_the_tap():
 
 
 def test_an_average_stands_still_over_a_phase():
-    run = Run(RESU(sparsity=0.6, cycles=1, distribution=Uniform(), budget=(0.3, 0.3)))
+    run = Run(RESU.frozen(sparsity=0.6, cycles=1, distribution=Uniform(), budget=(0.3, 0.3)))
     average = AveragedModel(run.model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     run.handle.follow(average)
     while run.step < run.cycles[0].enter:
@@ -294,7 +296,7 @@ def test_every_route_through_a_whole_training(dtype, freeze):
     model = fxsparse.transform(Mixed(dtype), (batch(0, dtype)[0],))
     routes = {weight.spec.route.value for weight in masked_weights(model).values()}
     assert routes == {"module", "mask node", "parameter", "effective weight"}
-    method = RESU(sparsity=0.6, cycles=2, distribution=Uniform(), freeze_active=freeze)
+    method = RESU.frozen(sparsity=0.6, cycles=2, distribution=Uniform(), freeze_active=freeze)
     run = Run(method, lambda p: torch.optim.AdamW(p, lr=0.01), model).to_phase(1)
     before, kept = run.weights(), run.masks()
     run.go(run.step + 2)
@@ -318,7 +320,7 @@ def test_a_whole_training_compiles_once():
         graphs.append(graph)
         return graph.forward
 
-    run = Run(RESU(sparsity=0.8, cycles=2, distribution=Uniform(), freeze_active=False))
+    run = Run(RESU.frozen(sparsity=0.8, cycles=2, distribution=Uniform(), freeze_active=False))
     compiled = torch.compile(run.model, backend=backend, fullgraph=True)
     for step in range(TOTAL):
         run.optimizer.zero_grad()

@@ -29,13 +29,16 @@ from tests.training.resu_run import TOTAL, Run, adamw, assert_zero_dead, net
 pytestmark = pytest.mark.filterwarnings("ignore:theta hardly moved:UserWarning")
 
 METHODS = {
-    "default": RESU(sparsity=0.8, cycles=3, distribution=Uniform()),
-    "selective, random": RESU(sparsity=0.8, cycles=2, theta=Selective(lr=0.05), subset=RandomDead(0.5)),
-    "momentum, by gradient": RESU(
+    "default": RESU(sparsity=0.8, cycles=3, distribution=Uniform(), rise=2),
+    "frozen": RESU.frozen(sparsity=0.8, cycles=3, distribution=Uniform()),
+    "selective, random": RESU.frozen(sparsity=0.8, cycles=2, theta=Selective(lr=0.05), subset=RandomDead(0.5)),
+    "momentum, by gradient": RESU.frozen(
         sparsity=0.8, cycles=2, theta=ThetaMomentum(lr=0.05), subset=TopGradient(0.5), score=Taylor(), prune=Taylor()
     ),
-    "wanda, unfrozen": RESU(sparsity=0.7, cycles=2, prune=Wanda(), score=Wanda(), freeze_active=False, refine=DSNoT()),
-    "kept state, any optimizer": RESU(
+    "wanda, unfrozen": RESU.frozen(
+        sparsity=0.7, cycles=2, prune=Wanda(), score=Wanda(), freeze_active=False, refine=DSNoT()
+    ),
+    "kept state, any optimizer": RESU.frozen(
         sparsity=0.7, cycles=2, keep_state=True, theta=ThetaOptimizer(kind=torch.optim.RMSprop, lr=1e-3)
     ),
     "densify": Densify(path=(0.7, 0.4, 0.1), sparsity=0.1),
@@ -172,7 +175,7 @@ def test_states_of_other_methods_are_refused():
     run = Run(METHODS["default"]).to_phase(1, 1)
     state = run.handle.state_dict()
     others = (
-        Run(RESU(sparsity=0.8, cycles=3, distribution=Uniform(), budget=(0.2, 0.1))),
+        Run(RESU.frozen(sparsity=0.8, cycles=3, distribution=Uniform(), budget=(0.2, 0.1))),
         Run(METHODS["default"], total=TOTAL + 60),
         Run(RigL(sparsity=0.8)),
     )
@@ -215,7 +218,7 @@ def test_a_model_in_a_phase_takes_no_second_method():
 def test_attaching_again_after_detaching():
     run = Run(METHODS["default"]).to_phase(1, 1)
     run.handle.detach()
-    again = RESU(sparsity=0.9, cycles=1, distribution=Uniform())
+    again = RESU.frozen(sparsity=0.9, cycles=1, distribution=Uniform())
     run.handle = attach(run.model, run.optimizer, again, TOTAL)
     run.step = 0
     run.go(TOTAL)
@@ -230,11 +233,11 @@ def test_what_attach_refuses():
     with pytest.raises(ConfigError, match="total_steps"):
         attach(model, adamw(model.parameters()), METHODS["default"])
     with pytest.raises(ConfigError, match="too short"):
-        attach(model, adamw(model.parameters()), METHODS["default"], 8)
-    run = Run(RESU(sparsity=0.9, cycles=1, distribution=Uniform())).go(TOTAL)
+        attach(model, adamw(model.parameters()), METHODS["frozen"], 8)
+    run = Run(RESU.frozen(sparsity=0.9, cycles=1, distribution=Uniform())).go(TOTAL)
     run.handle.detach()
     with pytest.raises(ConfigError, match="never grows"):
-        attach(run.model, run.optimizer, RESU(sparsity=0.5), TOTAL)
+        attach(run.model, run.optimizer, RESU.frozen(sparsity=0.5), TOTAL)
     assert not any("trainable" in name for name in run.model.state_dict())
 
 
@@ -253,7 +256,7 @@ def test_layers_that_are_dead_or_nearly_so(alive):
     mask = torch.zeros(8, 16, dtype=torch.bool)
     mask.view(-1)[:alive] = True
     set_masks(model, {"3.weight": mask})
-    run = Run(RESU(sparsity=0.95, cycles=2, distribution=Uniform(), schedule=(0.3, 0.95)), model=model)
+    run = Run(RESU.frozen(sparsity=0.95, cycles=2, distribution=Uniform(), schedule=(0.3, 0.95)), model=model)
     run.go(run.cycles[0].enter)
     unit = run.units()["3.weight"]
     assert unit.mode is Mode.RESU and unit.theta.isfinite().all() and unit.theta.std() > 0
@@ -264,7 +267,7 @@ def test_layers_that_are_dead_or_nearly_so(alive):
 
 
 def test_zero_gradients_move_nothing_and_choose_by_index():
-    run = Run(RESU(sparsity=0.5, cycles=1, subset=TopGradient(0.5), distribution=Uniform()))
+    run = Run(RESU.frozen(sparsity=0.5, cycles=1, subset=TopGradient(0.5), distribution=Uniform()))
     while run.step < TOTAL:
         run.optimizer.zero_grad()
         (run.model(torch.randn(4, 12)).sum() * 0.0).backward()
