@@ -50,10 +50,12 @@ from fxsparse.sparsity.random import random_scores as random_scores
 from fxsparse.sparsity.saliency import SALIENCIES as SALIENCIES
 from fxsparse.sparsity.saliency import Gradient as Gradient
 from fxsparse.sparsity.saliency import Magnitude as Magnitude
+from fxsparse.sparsity.saliency import MagnitudeAndGradient as MagnitudeAndGradient
 from fxsparse.sparsity.saliency import Random as Random
 from fxsparse.sparsity.saliency import Saliency as Saliency
 from fxsparse.sparsity.saliency import Taylor as Taylor
 from fxsparse.sparsity.saliency import Wanda as Wanda
+from fxsparse.sparsity.schedule import AlternatingSparsity as AlternatingSparsity
 from fxsparse.sparsity.schedule import ConstantSparsity as ConstantSparsity
 from fxsparse.sparsity.schedule import CosineSparsity as CosineSparsity
 from fxsparse.sparsity.schedule import CubicSparsity as CubicSparsity
@@ -61,6 +63,7 @@ from fxsparse.sparsity.schedule import CustomSparsity as CustomSparsity
 from fxsparse.sparsity.schedule import DropFraction as DropFraction
 from fxsparse.sparsity.schedule import DropKind as DropKind
 from fxsparse.sparsity.schedule import LinearSparsity as LinearSparsity
+from fxsparse.sparsity.schedule import Phases as Phases
 from fxsparse.sparsity.schedule import QuadraticOutSparsity as QuadraticOutSparsity
 from fxsparse.sparsity.schedule import SparsitySchedule as SparsitySchedule
 from fxsparse.sparsity.schedule import UpdateSteps as UpdateSteps

@@ -16,15 +16,37 @@ from fxsparse.sparsity.random import random_scores
 from fxsparse.sparsity.units import Pooling
 
 
+@dataclass(frozen=True, eq=False)
+class Given:
+    """What a saliency reads, detached and in at least float32.
+
+    Attributes:
+        w: The weight.
+        g: The mean gradient; empty where the saliency does not need it.
+        x: Norms of the inputs; empty where the saliency does not need them.
+        generator: Source of random scores, or None.
+    """
+
+    w: Float[Tensor, "*shape"]
+    g: Float[Tensor, "*batch_and_shape"]
+    x: Float[Tensor, "*shape"]
+    generator: Generator | None
+
+
 @dataclass(frozen=True)
 class Saliency(abc.ABC):
-    """A score per element; `pooling` says how the scores of a shared position combine."""
+    """A score per element, its `formula`; `pooling` says how the scores of a shared position combine."""
 
-    pooling: ClassVar[Pooling]
+    pooling: ClassVar[Pooling] = Pooling.RMS
     needs_gradient: ClassVar[bool] = False
     needs_inputs: ClassVar[bool] = False
+    needs_scale: ClassVar[bool] = False
+    """Whether the gradient's size counts, not only its order: in training it is then read unscaled and clipped."""
 
     @abc.abstractmethod
+    def formula(self, given: Given) -> Float[Tensor, "*shape"]:
+        """The scores, from what `score` has checked."""
+
     def score(
         self,
         weight: Float[Tensor, "*shape"],
@@ -43,41 +65,63 @@ class Saliency(abc.ABC):
         Raises:
             ConfigError: a gradient or input norms are needed and missing, or of another shape.
         """
+        none = weight.new_empty(0)
+        g = self._needed(weight, "gradient", gradient, "a backward pass") if self.needs_gradient else none
+        x = self._needed(weight, "inputs", inputs, "forward passes") if self.needs_inputs else none
+        return self.formula(Given(_wide(weight), _wide(g), _wide(x), generator))
+
+    def _fits(self, found: torch.Size, weight: torch.Size) -> bool:
+        return found == weight
+
+    def _needed(self, weight: Tensor, name: str, found: Tensor | None, run: str) -> Tensor:
+        if found is None:
+            raise ConfigError(f"{self} needs `{name}` (=None); run {run} on calibration data")
+        if not self._fits(found.shape, weight.shape):
+            raise ConfigError(
+                f"`{name}` of shape (={tuple(found.shape)}) must have the shape of the weight (={tuple(weight.shape)})"
+            )
+        return found
 
 
 @dataclass(frozen=True)
 class Magnitude(Saliency):
     """|w| (Han et al. 2015)."""
 
-    pooling: ClassVar[Pooling] = Pooling.RMS
-
-    def score(
-        self,
-        weight: Tensor,
-        gradient: Tensor | None = None,
-        generator: Generator | None = None,
-        inputs: Tensor | None = None,
-    ) -> Tensor:
+    def formula(self, given: Given) -> Tensor:
         """|w|."""
-        return _wide(weight).abs()
+        return given.w.abs()
 
 
 @dataclass(frozen=True)
 class Gradient(Saliency):
     """|g|, the absolute value of the mean gradient, never the mean of absolute values (arXiv 1911.11134)."""
 
-    pooling: ClassVar[Pooling] = Pooling.RMS
     needs_gradient: ClassVar[bool] = True
 
-    def score(
-        self,
-        weight: Tensor,
-        gradient: Tensor | None = None,
-        generator: Generator | None = None,
-        inputs: Tensor | None = None,
-    ) -> Tensor:
+    def formula(self, given: Given) -> Tensor:
         """|g|."""
-        return _wide(_given(self, weight, gradient)).abs()
+        return given.g.abs()
+
+
+@dataclass(frozen=True)
+class MagnitudeAndGradient(Saliency):
+    """|w| + factor |g| (arXiv 2110.14032).
+
+    Attributes:
+        factor: Lambda, at least 0.
+    """
+
+    factor: float = 1.0
+    needs_gradient: ClassVar[bool] = True
+    needs_scale: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not self.factor >= 0:
+            raise ConfigError(f"`factor` (={self.factor}) must be at least 0")
+
+    def formula(self, given: Given) -> Tensor:
+        """|w| + factor |g|."""
+        return given.w.abs() + self.factor * given.g.abs()
 
 
 @dataclass(frozen=True)
@@ -92,43 +136,27 @@ class Taylor(Saliency):
     pooling: ClassVar[Pooling] = Pooling.MEAN
     needs_gradient: ClassVar[bool] = True
 
-    def score(
-        self,
-        weight: Tensor,
-        gradient: Tensor | None = None,
-        generator: Generator | None = None,
-        inputs: Tensor | None = None,
-    ) -> Tensor:
+    def _fits(self, found: torch.Size, weight: torch.Size) -> bool:
+        return found == weight or (self.squared and found[1:] == weight)
+
+    def formula(self, given: Given) -> Tensor:
         """|w g| or mean_b (w g_b)^2."""
-        product = _wide(weight) * _wide(_given(self, weight, gradient, batches=self.squared))
+        product = given.w * given.g
         if not self.squared:
             return product.abs()
         square = product * product
-        return square.mean(0) if square.ndim > weight.ndim else square
+        return square.mean(0) if square.ndim > given.w.ndim else square
 
 
 @dataclass(frozen=True)
 class Wanda(Saliency):
     """|w| times the norm of the input that the weight multiplies (Sun et al., arXiv 2306.11695)."""
 
-    pooling: ClassVar[Pooling] = Pooling.RMS
     needs_inputs: ClassVar[bool] = True
 
-    def score(
-        self,
-        weight: Tensor,
-        gradient: Tensor | None = None,
-        generator: Generator | None = None,
-        inputs: Tensor | None = None,
-    ) -> Tensor:
+    def formula(self, given: Given) -> Tensor:
         """|w| ||x||."""
-        if inputs is None:
-            raise ConfigError(f"{self} needs the norms of the `inputs` (=None); run forward passes on calibration data")
-        if inputs.shape != weight.shape:
-            raise ConfigError(
-                f"`inputs` of shape (={tuple(inputs.shape)}) must have the shape of the weight (={tuple(weight.shape)})"
-            )
-        return _wide(weight).abs() * _wide(inputs)
+        return given.w.abs() * given.x
 
 
 @dataclass(frozen=True)
@@ -142,32 +170,15 @@ class Random(Saliency):
     seed: int = 0
     pooling: ClassVar[Pooling] = Pooling.MEAN
 
-    def score(
-        self,
-        weight: Tensor,
-        gradient: Tensor | None = None,
-        generator: Generator | None = None,
-        inputs: Tensor | None = None,
-    ) -> Tensor:
+    def formula(self, given: Given) -> Tensor:
         """Draws of the weight's shape, made on the CPU."""
-        source = keyed_generator(self.seed, 0, 0, "saliency") if generator is None else generator
-        return random_scores(weight.shape, source).to(weight.device)
+        source = keyed_generator(self.seed, 0, 0, "saliency") if given.generator is None else given.generator
+        return random_scores(given.w.shape, source).to(given.w.device)
 
 
-SALIENCIES = (Magnitude, Gradient, Taylor, Wanda, Random)
+SALIENCIES = (Magnitude, Gradient, MagnitudeAndGradient, Taylor, Wanda, Random)
 
 
 def _wide(tensor: Tensor) -> Tensor:
     detached = tensor.detach()
     return detached.to(torch.promote_types(detached.dtype, torch.float32))
-
-
-def _given(saliency: Saliency, weight: Tensor, gradient: Tensor | None, batches: bool = False) -> Tensor:
-    if gradient is None:
-        raise ConfigError(f"{saliency} needs a `gradient` (={gradient}); run a backward pass on calibration data")
-    fits = gradient.shape == weight.shape or (batches and gradient.shape[1:] == weight.shape)
-    if not fits:
-        raise ConfigError(
-            f"`gradient` of shape (={tuple(gradient.shape)}) must have the shape of the weight (={tuple(weight.shape)})"
-        )
-    return gradient

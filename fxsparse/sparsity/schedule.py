@@ -6,6 +6,7 @@ A step is the number of completed optimizer steps: 1 after the first.
 from __future__ import annotations
 
 import abc
+import bisect
 import enum
 import math
 from dataclasses import dataclass
@@ -150,6 +151,58 @@ class CustomSparsity:
     def __call__(self, step: int) -> float:
         """Sparsity at a step."""
         return next((sparsity for at, sparsity in reversed(self.points) if step >= at), self.initial)
+
+
+@dataclass(frozen=True)
+class AlternatingSparsity:
+    """0 up to `start`, then `final` and 0 in turn for `every` steps each, and `final` from `end` on.
+
+    Attributes:
+        final: Sparsity of compressed phases, in [0, 1).
+        every: Steps of a phase.
+        start: Step at which the first, dense phase ends, at least 1.
+        end: First step of the last compressed phase.
+    """
+
+    final: float
+    every: int
+    start: int
+    end: int
+
+    def __post_init__(self) -> None:
+        check_sparsity(self.final, "final")
+        if self.start < 1:
+            raise ConfigError(f"`start` (={self.start}) must be at least 1: the first phase is dense")
+        UpdateSteps(self.every, self.start, self.end)
+
+    def __call__(self, step: int) -> float:
+        """Sparsity at a step."""
+        compressed = step >= self.end or (step >= self.start and (step - self.start) // self.every % 2 == 0)
+        return self.final if compressed else 0.0
+
+
+Sparsities = SparsitySchedule | CustomSparsity | AlternatingSparsity
+
+
+@dataclass(frozen=True)
+class Phases:
+    """A value for each phase of the training.
+
+    Attributes:
+        values: One value a phase.
+        ends: Steps (or shares of the training) at which phases end, ascending, one fewer than `values`.
+    """
+
+    values: tuple[float, ...]
+    ends: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.ends) != len(self.values) - 1 or list(self.ends) != sorted(self.ends):
+            raise ConfigError(f"ends (={self.ends}) must ascend and be one fewer than the phases (={self.values})")
+
+    def __call__(self, step: int) -> float:
+        """The value at a step; a phase ends where the next one begins."""
+        return self.values[bisect.bisect_right(self.ends, step)]
 
 
 class DropKind(enum.Enum):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,9 +15,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fxsparse.errors import ConfigError
 from fxsparse.nn import MaskedWeight
+from fxsparse.sparsity.saliency import Saliency
+from fxsparse.training.batches import call, samples_of
 from fxsparse.training.distributed import average, process_group, unwrap
+from fxsparse.training.flow import Flow
 from fxsparse.training.input_norms import InputNorms
 from fxsparse.training.scopes import training_mode
+from fxsparse.training.state import WeightState
 
 Loss = Callable[[Any, Any], Tensor]
 Gradients = dict[str, Float64[Tensor, "*shape"]]
@@ -100,13 +106,27 @@ class Calibration:
                 pass
         return collector.norms()
 
-    def example(self) -> Any:
-        """The inputs of the first batch.
+    def given(self, states: Sequence[WeightState], saliency: Saliency) -> list[WeightState]:
+        """The states with what a saliency reads: mean gradients, input norms.
 
         Raises:
-            ConfigError: no batches.
+            ConfigError: as `gradients` and `input_norms`, where the saliency needs them.
         """
-        return next(self._inputs())[0]
+        gradients = self.gradients() if saliency.needs_gradient else {}
+        inputs = self.input_norms() if saliency.needs_inputs else {}
+        return [
+            dataclasses.replace(each, gradient=gradients.get(each.name), inputs=inputs.get(each.name))
+            for each in states
+        ]
+
+    @functools.cached_property
+    def flow(self) -> Flow:
+        """The network of absolute parameters, for inputs of ones in the form of the first batch.
+
+        Raises:
+            ConfigError: no batches, or inputs that cannot be ones.
+        """
+        return Flow(self.model, next(self._inputs())[0])
 
     def _inputs(self) -> Iterator[tuple[Any, Any]]:
         found = False
@@ -147,26 +167,6 @@ class Calibration:
     def _averaged(self, means: Gradients) -> Gradients:
         shared = average(means, means, process_group(self.wrapped))
         return {name: each for name, each in shared.items() if each is not None}
-
-
-def call(model: nn.Module, inputs: Any) -> Any:
-    """The model's outputs; a mapping gives keyword arguments, a tuple or list positional ones."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
-
-
-def samples_of(inputs: Any) -> int:
-    """The length of the first tensor.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    items = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple | list) else [inputs]
-    for item in items:
-        if isinstance(item, Tensor) and item.ndim:
-            return len(item)
-    raise ConfigError(f"a batch's inputs (={type(inputs).__name__}) hold no tensor with samples along its first axis")
 
 
 @contextlib.contextmanager

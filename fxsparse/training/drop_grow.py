@@ -10,7 +10,7 @@ from fxsparse.sparsity.counts import check_fraction
 from fxsparse.sparsity.pattern import Pattern
 from fxsparse.sparsity.schedule import DropFraction, DropKind, UpdateSteps
 from fxsparse.training.grown import GrownValue, Zero
-from fxsparse.training.updater import NEVER, Method
+from fxsparse.training.updater import NEVER, Method, resolved_step
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,10 @@ class Periodic(Method):
     Attributes:
         every: Steps between updates.
         start: First step that may update.
-        end: Step from which masks stay; None = the end of the training.
+        end: Step from which masks stay; None = `end_fraction` of the training.
         regrow_dropped: Whether a weight may be dropped and grown in the same update.
         grown: The first value of a grown weight.
+        end_fraction: `end` as a share of the whole training, in [0, 1]; at 1 updates go on for as long as it lasts.
     """
 
     every: int = 100
@@ -30,14 +31,23 @@ class Periodic(Method):
     end: int | None = None
     regrow_dropped: bool = True
     grown: GrownValue = Zero()
+    end_fraction: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_fraction(self.end_fraction, "end_fraction")
         self._steps()
 
     def timed(self, total_steps: int | None) -> Self:
-        """`end` is the last step; without it updates go on for ever."""
-        return replace(self, end=(NEVER if total_steps is None else total_steps) if self.end is None else self.end)
+        """`end` in steps; without it and the length of the training updates go on for ever.
+
+        Raises:
+            ConfigError: `end` is a share of the training and nobody says how long that is.
+        """
+        if self.end is not None:
+            return self
+        endless = total_steps is None and self.end_fraction == 1
+        return replace(self, end=NEVER if endless else resolved_step(self, self.end_fraction, total_steps))
 
     def check(self, pattern: Pattern) -> None:
         """Every exchange needs a count to conserve."""
@@ -74,10 +84,11 @@ class DropGrow(Periodic):
         Raises:
             ConfigError: the fraction decays and nobody says until when.
         """
-        if self.end is None and total_steps is None and self.decay is not DropKind.CONSTANT:
+        timed = super().timed(total_steps)
+        if timed.end == NEVER and self.decay is not DropKind.CONSTANT:
             name = type(self).__name__
             raise ConfigError(f"`decay` (={self.decay}) needs an end: give attach `total_steps`, or {name} an `end`")
-        return super().timed(total_steps)
+        return timed
 
     def drop_fraction(self, step: int) -> float:
         """`alpha`, decayed."""

@@ -111,13 +111,23 @@ def _in_row_order(weight: _Weight, mask: Tensor) -> Tensor:
 def _check_sparsity(method: Method, weights: Mapping[str, _Weight]) -> None:
     numel = sum(weight.spec.numel for weight in weights.values())
     alive = sum(int(weight.masked.mask.sum()) for weight in weights.values())
-    asked = [keep_count(numel, method.sparsity), sum(target.alive for target in _targets(method, weights).values())]
+    targets = _targets(method, weights)
+    asked = [keep_count(numel, method.sparsity), sum(target.alive for target in targets.values())]
+    asked.append(sum(_rounded(weights[name], target) for name, target in targets.items()))
     if min(abs(alive - count) for count in asked) > _SAME_DENSITY * numel:
         raise ConfigError(
             f"`sparsity` (={method.sparsity}) is not that of the model's masks (={1 - alive / numel:.4f}); give the "
             "method the model's sparsity, `initial=Initial.KEEP` to train these masks as they are, or a saliency as "
             "`initial` to draw new ones"
         )
+
+
+def _rounded(weight: _Weight, target: Target) -> int:
+    """The alive elements that the weight's pattern makes of a target."""
+    try:
+        return weight.spec.pattern.units(weight.spec.shape, weight.spec.layout).alive_elements(target)
+    except ConfigError:  # the pattern cannot have this target
+        return target.alive
 
 
 def _check_not_below(method: Method, weights: Mapping[str, _Weight]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fxsparse.sparsity.saliency import Gradient
+from fxsparse.sparsity.saliency import Gradient, Saliency
 from fxsparse.training.drop_grow import DropGrow
 from fxsparse.training.state import WeightState
 
@@ -35,16 +35,13 @@ class ITOP(DropGrow):
     growth: Growth = Growth.UNSEEN
 
     @property
-    def needs_gradient(self) -> bool:
-        """For growth by gradient."""
-        return self.growth is Growth.GRADIENT or super().needs_gradient
+    def grow(self) -> Saliency | None:
+        """|G| or at random, by `growth`."""
+        return Gradient() if self.growth is Growth.GRADIENT else None
 
     def grow_scores(self, state: WeightState) -> Tensor:
-        """By `growth`; a unit was seen when any of its elements was ever alive."""
-        if self.growth is Growth.GRADIENT:
-            return state.scores(Gradient())
-        drawn = state.draws("grow")
-        if self.growth is Growth.RANDOM or state.explored is None:
-            return drawn
-        seen = state.units.pool(state.explored.double()) > 0
-        return drawn + ~seen
+        """Those first that were never alive, where asked for; a unit was seen when any of its elements was."""
+        scores = super().grow_scores(state)
+        if self.growth is not Growth.UNSEEN or state.explored is None:
+            return scores
+        return scores + ~(state.units.pool(state.explored.double()) > 0)

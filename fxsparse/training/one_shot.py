@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from fxsparse.errors import ConfigError
-from fxsparse.sparsity.counts import keep_count
 from fxsparse.sparsity.distribution import Distribution, Target, Uniform
-from fxsparse.sparsity.fan_in import ConstantFanIn
 from fxsparse.sparsity.pattern import Unstructured
 from fxsparse.sparsity.saliency import Magnitude, Saliency
-from fxsparse.sparsity.top_k import segment_top_k
 from fxsparse.sparsity.units import Pooling
 from fxsparse.training.calibration import Calibration
 from fxsparse.training.pruning import Pruning
@@ -37,26 +33,20 @@ class OneShot(Pruning):
     per_row: bool | None = None
 
     @property
-    def pooling(self) -> Pooling:  # type: ignore[override]  # a class constant in the base
+    def pooling(self) -> Pooling:
         """The saliency's."""
         return self.saliency.pooling
 
     def scores(self, calibration: Calibration, states: Sequence[WeightState]) -> Mapping[str, Tensor]:
         """The saliency's."""
-        gradients = calibration.gradients() if self.saliency.needs_gradient else {}
-        inputs = calibration.input_norms() if self.saliency.needs_inputs else {}
-        given = [replace(s, gradient=gradients.get(s.name), inputs=inputs.get(s.name)) for s in states]
-        return {state.name: state.element_scores(self.saliency) for state in given}
+        return {each.name: each.element_scores(self.saliency) for each in calibration.given(states, self.saliency)}
 
     def chosen(self, state: WeightState, scores: Tensor, target: Target) -> tuple[Tensor, Tensor | None]:
         """Row by row where asked for."""
         per_row = self.saliency.needs_inputs if self.per_row is None else self.per_row
         if not per_row or not isinstance(state.pattern, Unstructured) or state.weight.ndim < 2:
             return super().chosen(state, scores, target)
-        rows = ConstantFanIn().units(tuple(state.weight.shape), state.layout)
-        alive = rows.collect(state.mask)
-        counts = torch.full_like(alive.sum(1), keep_count(rows.width, target.sparsity))
-        return rows.spread(segment_top_k(rows.pool(scores), torch.minimum(counts, alive.sum(1)), alive)), None
+        return self.chosen_by_row(state, scores, target), None
 
     def initial_saliency(self) -> Saliency:
         """The saliency, where it needs no data: attach then prunes a dense model itself."""

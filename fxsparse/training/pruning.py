@@ -6,7 +6,7 @@ import abc
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Shaped
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from fxsparse.errors import ConfigError, DataError
 from fxsparse.nn import masked_weights
+from fxsparse.sparsity.counts import keep_count
 from fxsparse.sparsity.distribution import Distribution, Global, Target
+from fxsparse.sparsity.fan_in import ConstantFanIn
 from fxsparse.sparsity.saliency import Saliency
 from fxsparse.sparsity.shared_support import SupportUnits
 from fxsparse.sparsity.top_k import segment_top_k
@@ -43,8 +45,10 @@ class Pruning(Method):
     distribution: Distribution = field(default_factory=Global)
     train: bool = field(default=False, kw_only=True)
 
-    pooling: ClassVar[Pooling] = Pooling.MEAN
-    """How element scores become the score of a shared position."""
+    @property
+    def pooling(self) -> Pooling:
+        """How element scores become the score of a shared position."""
+        return Pooling.MEAN
 
     @abc.abstractmethod
     def scores(self, calibration: Calibration, states: Sequence[WeightState]) -> Mapping[str, Shaped[Tensor, "*shape"]]:
@@ -86,6 +90,13 @@ class Pruning(Method):
                 kept = state.alive if bool(state.mask.all()) else state.units.pool(state.mask.double()) > 0
                 return self._spread(state, scores, target, kept), order
         return self._spread(state, scores, target, state.alive), None
+
+    def chosen_by_row(self, state: WeightState, scores: Tensor, target: Target) -> Bool[Tensor, "*shape"]:
+        """The mask of one weight in which each row keeps K(F, s) of its own, of those that are alive."""
+        rows = ConstantFanIn().units(tuple(state.weight.shape), state.layout)
+        alive = rows.collect(state.mask)
+        counts = torch.full_like(alive.sum(1), keep_count(rows.width, target.sparsity))
+        return rows.spread(segment_top_k(rows.pool(scores), torch.minimum(counts, alive.sum(1)), alive))
 
     def _spread(self, state: WeightState, scores: Tensor, target: Target, alive: Tensor) -> Tensor:
         counts = torch.minimum(state.units.counts(target).to(alive.device), alive.sum(1))

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Self
+from dataclasses import dataclass
 
-from torch import Tensor
-
-from fxsparse.sparsity.saliency import Gradient
+from fxsparse.sparsity.saliency import Gradient, Saliency
 from fxsparse.sparsity.schedule import DropKind
 from fxsparse.training.drop_grow import DropGrow
-from fxsparse.training.state import WeightState
-from fxsparse.training.updater import resolved_end
 
 
 @dataclass(frozen=True)
@@ -29,18 +24,6 @@ class RigL(DropGrow):
     replaces_step: bool = True
 
     @property
-    def needs_gradient(self) -> bool:
-        """Always."""
-        return True
-
-    def timed(self, total_steps: int | None) -> Self:
-        """`end` is a share of the training.
-
-        Raises:
-            ConfigError: neither `end` nor the length of the training is known.
-        """
-        return replace(self, end=resolved_end(self, self.end, self.end_fraction, total_steps))
-
-    def grow_scores(self, state: WeightState) -> Tensor:
+    def grow(self) -> Saliency:
         """|G|."""
-        return state.scores(Gradient())
+        return Gradient()

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from fxsparse.errors import ConfigError
+from fxsparse.sparsity.counts import check_fraction
 from fxsparse.sparsity.distribution import Distribution, Global, Target, Uniform
 from fxsparse.sparsity.pattern import Pattern
 from fxsparse.sparsity.saliency import Magnitude, Saliency
+from fxsparse.sparsity.schedule import Sparsities, UpdateSteps
 from fxsparse.training.exchange import exchange
 from fxsparse.training.state import WeightState
-from fxsparse.training.updater import Method
+from fxsparse.training.updater import Method, resolved_step
 
 _BELOW_ALL = -1e-300  # lower than any saliency of an alive weight, and nothing to a norm
 
@@ -28,22 +30,55 @@ class Scheduled(Method):
     Attributes:
         distribution: How the sparsity is shared among the weights.
         drop: The saliency; the lowest alive weights die.
+        every: Steps between updates.
+        end: Last step of the schedule, always an update; None = `end_fraction` of the training.
+        end_fraction: `end` as a share of the whole training, where `end` is None.
+        schedule: Another schedule than the method's, which says its own steps; its final value must be `sparsity`.
     """
 
     distribution: Distribution = field(default_factory=Uniform)
     drop: Saliency = Magnitude()
+    every: int = 100
+    end: int | None = None
+    end_fraction: float = 0.75
+    schedule: Sparsities | None = None
 
     any_start: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fraction(self.end_fraction, "end_fraction")
+        if self.schedule is not None and self.schedule.final != self.sparsity:
+            raise ConfigError(f"`sparsity` (={self.sparsity}) must be the schedule's final (={self.schedule.final})")
+
     @abc.abstractmethod
-    def sparsities(self) -> Iterable[float]:
-        """Every sparsity on the way."""
+    def planned(self, end: int) -> Sparsities:
+        """The method's own schedule, which ends at a step."""
+
+    def timed(self, total_steps: int | None) -> Self:
+        """The schedule with its steps.
+
+        Raises:
+            ConfigError: neither `end`, a schedule nor the length of the training is known.
+        """
+        if self.schedule is not None:
+            return self
+        end = resolved_step(self, self.end_fraction, total_steps) if self.end is None else self.end
+        return replace(self, end=end, schedule=self.planned(end))
+
+    def sparsity_at(self, step: int) -> float:
+        """The schedule's."""
+        return self._timed_schedule()(step)
+
+    def update_due(self, step: int) -> bool:
+        """Every `every` steps from the schedule's start, and at its end; a start at 0 counts from the first step."""
+        return self._steps()(step)
 
     def check(self, pattern: Pattern) -> None:
         """Every sparsity on the way must be one that the pattern can have."""
-        for sparsity in self.sparsities():
+        for step in (0, *self._steps().steps()):
             try:
-                pattern.check_sparsity(sparsity)
+                pattern.check_sparsity(self.sparsity_at(step))
             except ConfigError as error:
                 name = type(self).__name__
                 raise ConfigError(f"{name} passes through other sparsities unless `start` = `end`: {error}") from error
@@ -79,3 +114,12 @@ class Scheduled(Method):
     def alive_scores(self, state: WeightState) -> Tensor:
         """Scores of elements, dead ones below all others."""
         return torch.where(state.mask, state.element_scores(self.drop).double(), _BELOW_ALL)
+
+    def _timed_schedule(self) -> Sparsities:
+        if self.schedule is None:
+            raise ConfigError("`schedule` (=None) has no steps yet; call timed(total_steps) first, as attach does")
+        return self.schedule
+
+    def _steps(self) -> UpdateSteps:
+        schedule = self._timed_schedule()
+        return UpdateSteps(self.every, schedule.start, schedule.end, inclusive_end=True)

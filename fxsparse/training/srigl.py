@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from fxsparse.errors import ConfigError
-from fxsparse.sparsity.counts import check_fraction, fraction_count
+from fxsparse.sparsity.counts import check_fraction
 from fxsparse.sparsity.distribution import Global, Target
 from fxsparse.sparsity.fan_in import ConstantFanIn, RowUnits
 from fxsparse.sparsity.n_by_m import NByM
 from fxsparse.sparsity.pattern import Pattern
-from fxsparse.sparsity.top_k import segment_top_k, top_k
-from fxsparse.training.exchange import best_over_weight
+from fxsparse.training.ablation import ablate
 from fxsparse.training.rigl import RigL
 from fxsparse.training.state import WeightState
 
@@ -43,37 +41,19 @@ class SRigL(RigL):
         super().__post_init__()
         check_fraction(self.gamma, "gamma")
         if isinstance(self.distribution, Global) and self.ablation:
-            raise ConfigError(
-                f"`distribution` (={self.distribution}) leaves SRigL no fixed budget; use ERK() or Uniform()"
-            )
+            raise ConfigError(f"`distribution` (={self.distribution}) leaves SRigL no fixed budget; use ERK()")
 
     def check(self, pattern: Pattern) -> None:
         """Constant fan-in and N:M are what the method is about."""
         super().check(pattern)
         if not isinstance(pattern, ConstantFanIn | NByM):
-            raise ConfigError(
-                f"SRigL needs as many weights in each row or group; {pattern} has not: use ConstantFanIn()"
-            )
+            raise ConfigError(f"SRigL needs as many weights in each row or group: use ConstantFanIn(), not {pattern}")
 
     def exchanged(self, state: WeightState, target: Target | None = None, dropped: int | None = None) -> Tensor:
-        """The seven steps of one tensor; numbers as in the paper's algorithm."""
+        """RigL's exchange, or with ablation."""
         units, alive, fraction = state.units, state.alive, self.drop_fraction(state.step)
         whole = not self.ablation or state.last or state.name in self.keep_rows
         if whole or not isinstance(units, RowUnits) or state.target is None or not fraction or bool(alive.all()):
             return super().exchanged(state, target, dropped)
-        had, k = int(alive.sum()), int(alive.sum(1).max())
         drop, grow = self.drop_scores(state), self.grow_scores(state)
-        exchanged = min(fraction_count(fraction, had), int((~alive).sum()))  # 1
-        kept = best_over_weight(units, alive, drop, had - exchanged)
-        salient = (kept | best_over_weight(units, ~alive, grow, exchanged)).sum(1)  # 2
-        budget = state.target.alive
-        fewest = -(-budget // units.width)
-        active = salient >= max(1, fraction_count(self.gamma, k))  # 3
-        if int(active.sum()) < fewest:
-            active = top_k(salient, fewest)
-        fan_in = min(units.width, budget // int(active.sum()))  # 4
-        candidates = alive & active[:, None]
-        kept = best_over_weight(units, candidates, drop, min(had - exchanged, int(candidates.sum())))  # 5
-        kept = segment_top_k(drop, kept.sum(1).clamp(max=fan_in), kept)  # 6
-        missing = torch.where(active, fan_in - kept.sum(1), 0)
-        return units.spread(kept | segment_top_k(grow, missing, ~kept))  # 7
+        return units.spread(ablate(units, alive, drop, grow, fraction, state.target.alive, self.gamma))

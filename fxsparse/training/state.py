@@ -95,7 +95,9 @@ class WeightState:
     def element_scores(self, saliency: Saliency) -> Shaped[Tensor, "*shape"]:
         """The saliency of every element."""
         inputs = {"inputs": self.inputs} if saliency.needs_inputs else {}
-        return saliency.score(self.weight, self.gradient, self.generator("saliency"), **inputs)
+        scaled = saliency.needs_scale and self.gradient is not None and self.factor != 1.0
+        gradient = self.factor * self.gradient if scaled and self.gradient is not None else self.gradient
+        return saliency.score(self.weight, gradient, self.generator("saliency"), **inputs)
 
     def pooled(self, scores: Shaped[Tensor, "*shape"], pooling: Pooling = Pooling.RMS) -> Shaped[Tensor, "segments u"]:
         """The score of every unit from scores of elements."""

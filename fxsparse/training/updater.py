@@ -50,7 +50,7 @@ class Method:
     """A sparse-training method: when masks change, which weights are dropped, which are grown.
 
     A method is a frozen description; what changes over time is in the `Handle` that `attach` returns. A new method
-    overrides the hooks in which it differs: `update_due`, `drop_fraction`, `drop_scores`, `grow_scores`, `targets`.
+    overrides the hooks in which it differs: `update_due`, `drop_fraction`, `drop`, `grow`, `targets`, or the scores.
 
     Attributes:
         sparsity: Dead fraction in [0, 1) of the masked weights.
@@ -98,6 +98,11 @@ class Method:
         return Magnitude()
 
     @property
+    def grow(self) -> Saliency | None:
+        """By what dead weights come alive, the highest first; None = at random."""
+        return None
+
+    @property
     def regrow_dropped(self) -> bool:
         """Whether a unit may be dropped and grown in the same update."""
         return True
@@ -115,7 +120,8 @@ class Method:
     @property
     def needs_gradient(self) -> bool:
         """Whether an update reads the gradient of dead weights."""
-        return self.drop.needs_gradient or self.grown.needs_gradient
+        by = (self.drop, self.grow, self.grown)
+        return any(each is not None and each.needs_gradient for each in by)
 
     def handle(self, model: nn.Module, optimizer: Optimizer, total_steps: int | None) -> Handle:
         """What `attach` returns; a method with phases of its own has its own kind of handle."""
@@ -174,8 +180,8 @@ class Method:
         return state.scores(self.drop)
 
     def grow_scores(self, state: WeightState) -> Shaped[Tensor, "segments width"]:
-        """Scores by which units grow, the highest first; random by default."""
-        return state.draws("grow")
+        """Scores by which units grow, the highest first."""
+        return state.draws("grow") if self.grow is None else state.scores(self.grow)
 
     def update(self, states: Sequence[WeightState]) -> dict[str, Bool[Tensor, "*shape"]]:
         """The new mask of every weight; `states` are in the model's order, rows regrouped.
@@ -225,15 +231,19 @@ class Method:
         return state.units.spread(chosen)
 
 
-def resolved_end(method: Method, end: int | None, share: float, total_steps: int | None) -> int:
-    """The last step of a schedule: `end`, else a share of the whole training.
+def resolved_step(method: Method, share: float, total_steps: int | None, instead: str = "end") -> int:
+    """The step that is a share of the whole training.
+
+    Args:
+        method: Whose schedule it is.
+        share: Share in [0, 1].
+        total_steps: Length of the training.
+        instead: The field that says the step outright.
 
     Raises:
-        ConfigError: neither is known.
+        ConfigError: the length is not known.
     """
-    if end is not None:
-        return end
     if total_steps is None:
         name = type(method).__name__
-        raise ConfigError(f"`total_steps` (=None) must be given to attach with {name}, or `end` to {name}(...)")
+        raise ConfigError(f"`total_steps` (=None) must be given to attach with {name}, or `{instead}` to {name}(...)")
     return int(share * total_steps + 1e-6)

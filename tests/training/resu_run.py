@@ -35,7 +35,7 @@ class Run:
     """A user's loop."""
 
     def __init__(self, method=None, optimizer=adamw, model: nn.Module | None = None, total: int = TOTAL) -> None:
-        self.method = RESU(sparsity=0.8, cycles=3, distribution=Uniform()) if method is None else method
+        self.method = RESU.frozen(sparsity=0.8, cycles=3, distribution=Uniform()) if method is None else method
         self.model = net() if model is None else model
         self.optimizer = optimizer(self.model.parameters())
         self.handle = attach(self.model, self.optimizer, self.method, total)

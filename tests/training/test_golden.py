@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fxsparse.nn import Guard, MaskSpec, Route, install_mask, masked_weight
-from fxsparse.sparsity import DropKind
-from fxsparse.training import SET, Initial, RigL, attach
+from fxsparse.sparsity import DropKind, Unstructured
+from fxsparse.training import SET, Initial, RigL, WeightState, attach
 
 W16 = [9, -1, 0, 0, 1, 5, 0, -3, 0, 1, -7, 0, 2, 0, 0, 4]
 G16 = [90, 90, 1, 5, 8, 90, 2, 90, 1, 3, 90, 4, 90, 5, 0, 90]
@@ -131,3 +131,12 @@ def test_replacing_the_step_is_a_flag(replaces):
     assert torch.equal(model.weight.detach(), torch.where(model.weight_mask, weight if replaces else stepped, 0))
     assert bias.item() == (1.0 if replaces else 1 - 2**-10)
     assert model.weight.grad is gradient and bias.grad is not None  # put aside for the step only
+
+
+def test_set_counts_zeros_as_positive():
+    weight = torch.tensor([0.0, 1.0, -1.0, -2.0, 9.0])
+    alive = torch.tensor([True, True, True, True, False])
+    state = WeightState("w", 0, 1, 1, 0, weight, alive, Unstructured())
+    method = SET(alpha=0.5, sign_split=True, every=1)
+    assert method.drop_counts([state]) == {"w": 2}  # the 0 of {0, 1} and the -1 of {-1, -2}
+    assert (method.drop_scores(state) == -1).tolist() == [[True, False, True, False, False]]

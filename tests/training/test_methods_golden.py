@@ -8,9 +8,20 @@ from torch import Tensor, nn
 
 from fxsparse.errors import ConfigError
 from fxsparse.nn import Linear, MaskSpec, Route, install_mask, masked_weight, masks, set_masks
-from fxsparse.sparsity import ConstantFanIn, DropKind, Global, NByM, SharedSupport, Target, Uniform, Unstructured
+from fxsparse.sparsity import (
+    ConstantFanIn,
+    DropKind,
+    Global,
+    Magnitude,
+    NByM,
+    SharedSupport,
+    Target,
+    Uniform,
+    Unstructured,
+)
 from fxsparse.sparsity.erk import share_out
 from fxsparse.training import ACDC, ITOP, MEST, SET, SNFS, Growth, Initial, RigL, SRigL, Static, WeightState, attach
+from fxsparse.training.budgets import Move, moves
 from fxsparse.training.records import Coverage
 
 
@@ -201,12 +212,41 @@ def test_mest_ends_its_soft_bound_at_the_last_boundary_even_off_the_grid():
     assert int(model.weights[0].weight_mask.sum()) == 50
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_mest_drops_in_each_group_only_what_is_beyond_its_soft_bound(seed):
+    weight = 1 + torch.arange(80.0).reshape(4, 20)
+    model = Holder(SharedSupport(2), (weight, torch.zeros(4, 20)))
+    method = MEST(
+        0.5, distribution=Uniform(), every=1, p=(0.2, 0.0), boundaries=(50,), soft=True, initial=Magnitude(), seed=seed
+    )
+    handle = run(model, method, 0)
+    first = model.weights[0].weight_mask.clone()
+    assert first.sum(1).tolist() == [10] * 4
+    for _ in range(5):  # ten of each group have weights, the four beyond are new and 0
+        model().backward()
+        handle.optimizer.step()
+        mask = model.weights[0].weight_mask
+        assert mask.sum(1).tolist() == [14] * 4 and bool(mask[first].all())
+
+
 def test_budgets_are_shared_out_exactly():
     assert share_out((0.5, 0.3, 0.2), 10, (3, 10, 10)) == [3, 4, 3]
     assert share_out((1.0, 0.0), 5, (2, 9)) == [2, 3]
     assert share_out((0.0, 0.0), 5, (9, 9)) == [3, 2]
     with pytest.raises(ConfigError, match="`total`"):
         share_out((0.5, 0.5), 5, (2, 2))
+
+
+def test_moves_leave_the_last_weight_and_limit_nearly_dense_ones():
+    def state(alive: int, size: int) -> WeightState:
+        return WeightState(str(size), 0, 1, 1, 0, torch.ones(size), torch.arange(size) < alive, Unstructured())
+
+    one = moves([state(1, 10), state(8, 20)], [1.0, 1.0], 1.0)
+    assert one == {"10": Move(0, 1 + 4), "20": Move(7, 1 + 3)}  # n(1, 1) = 1 would empty the first
+    poor = moves([state(9, 10), state(9, 20)], [1.0, 3.0], 0.5)  # sparsity .1, but a share below 1/2
+    assert poor == {"10": Move(4, 5 + 2), "20": Move(4, 5 + 6)}
+    rich = moves([state(9, 10), state(9, 20)], [3.0, 1.0], 0.5)  # f = .1: n(.1, 9) = 0
+    assert rich == {"10": Move(0, 9 + 1), "20": Move(4, 5 + 3)}
 
 
 def smooth_pair(scale: tuple[float, float]) -> Holder:
@@ -279,6 +319,14 @@ def test_snfs_smooths_as_the_optimizer_does(make, momentum):
     if momentum == "exp_avg":
         v = handle._memory["weights.0.weight"]["v"]
         torch.testing.assert_close(v[held.weight_mask], optimizer.state[held.weight]["exp_avg_sq"][held.weight_mask])
+
+
+def test_snfs_grows_by_the_ratio_of_adam():
+    m, v = torch.tensor([1.0, -4.0, 2.0, 0.0]), torch.tensor([0.25, 64.0, 1.0, 1.0])
+    plain = WeightState("w", 0, 1, 1, 0, torch.ones(4), torch.ones(4) > 0, Unstructured(), memory={"m": m})
+    adam = WeightState("w", 0, 1, 1, 0, torch.ones(4), torch.ones(4) > 0, Unstructured(), memory={"m": m, "v": v})
+    assert SNFS().grow_scores(plain).tolist() == [[1, 4, 2, 0]]
+    torch.testing.assert_close(SNFS().grow_scores(adam), torch.tensor([[2, 0.5, 2, 0]]), rtol=1e-6, atol=0)
 
 
 def test_snfs_refuses_patterns_whose_units_cannot_move():

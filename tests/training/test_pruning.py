@@ -164,6 +164,17 @@ def test_synflow_keeps_layers_alive_where_one_round_cuts_them_off():
     assert sum(alive[0]) == sum(alive[1]) == keep_count(4000 + 800 + 800 + 400, 0.98)
 
 
+def test_synflow_of_a_deep_model_stays_within_float64():
+    model = nn.Sequential(*(Linear(16, 16, bias=False) for _ in range(40)))
+    with torch.no_grad():
+        for layer in model:
+            layer.weight.copy_(100 * (1 + torch.arange(256.0).reshape(16, 16) / 256))  # 1600^40 is no float32
+    found = prune(model, SynFlow(0.5, rounds=2, distribution=Uniform()), [torch.zeros(1, 16)])
+    assert all(int(mask.sum()) == 128 for mask in found.values())
+    scores = scored(nn.Sequential(*list(model)[:2]), SynFlow(0.5), [torch.zeros(1, 16)])
+    assert {each.dtype for each in scores.values()} == {torch.float64}
+
+
 def test_synflow_reads_running_means_absolute_and_variances_as_they_are():
     model = nn.Sequential(Linear(2, 2, bias=False), nn.BatchNorm1d(2), Linear(2, 1, bias=False)).double().eval()
     with torch.no_grad():
@@ -318,6 +329,14 @@ def test_wanda_per_row_and_per_tensor():
     assert any(not torch.equal(rows[name], tensors[name]) for name in rows)
 
 
+def test_a_row_with_too_few_alive_weights_keeps_them():
+    model, few = Linear(6, 3, bias=False), torch.ones(3, 6, dtype=torch.bool)
+    few[1, 1:] = False
+    set_masks(model, {"weight": few})
+    found = prune(model, OneShot(0.5, saliency=Wanda()), [torch.ones(2, 6)])["weight"]
+    assert found.sum(1).tolist() == [3, 1, 3] and not bool((found & ~few).any())
+
+
 @pytest.mark.parametrize(
     "method", [SNIP(0.9), GraSP(0.9), SynFlow(0.9, rounds=4), OneShot(0.9), OneShot(0.9, saliency=Wanda())]
 )
@@ -344,8 +363,13 @@ def test_dead_weights_take_no_share_of_a_signed_ranking():
     model = plain_net()
     prune(model, OneShot(0.3, saliency=Random(1)))
     numel = sum(mask.numel() for mask in masks(model).values())
-    found = prune(model, GraSP(0.5), plain_batches(), nn.functional.cross_entropy)  # half of the scores are below 0
-    assert sum(int(mask.sum()) for mask in found.values()) == keep_count(numel, 0.5)
+    scores = scored(model, GraSP(0.35), plain_batches(), nn.functional.cross_entropy)  # half of them are below 0
+    alive = torch.cat([mask.flatten() for mask in masks(model).values()])
+    ranked = torch.cat([each.flatten() for each in scores.values()])
+    found = prune(model, GraSP(0.35), plain_batches(), nn.functional.cross_entropy)
+    assert sum(int(mask.sum()) for mask in found.values()) == keep_count(numel, 0.35)
+    kept = torch.cat([mask.flatten() for mask in found.values()])
+    assert torch.equal(kept, top_k(ranked, keep_count(numel, 0.35), alive))
 
 
 def test_attach_goes_on_with_the_masks():
@@ -390,6 +414,20 @@ def test_rows_are_regrouped():
     prune(again, OneShot(0.9, pattern=SharedSupport(2)))
     again.load_state_dict(grouped.state_dict())
     assert torch.equal(masked_weights(again)["weight"].row_order, found.row_order)
+
+
+def test_rows_are_regrouped_in_the_last_round_only():
+    torch.manual_seed(0)
+    model = nn.Sequential(Linear(40, 24, bias=False), Linear(24, 24, bias=False))
+    kinds = {"pattern": SharedSupport(4), "distribution": Uniform()}
+    by_hand, grouped = copy.deepcopy(model), copy.deepcopy(model)
+    prune(by_hand, SynFlow(0.5, rounds=1, **kinds), [torch.ones(1, 40)])  # the density sqrt(.25) in natural groups
+    prune(by_hand, SynFlow(0.75, rounds=1, regroup=Regroup(), **kinds), [torch.ones(1, 40)])
+    prune(grouped, SynFlow(0.75, rounds=2, regroup=Regroup(), **kinds), [torch.ones(1, 40)])
+    for name, masked in masked_weights(grouped).items():
+        other = masked_weights(by_hand)[name]
+        assert masked.row_order is not None and torch.equal(masked.row_order, other.row_order)
+        assert torch.equal(masked.mask, other.mask)
 
 
 def test_bad_input_is_refused_and_changes_nothing():
