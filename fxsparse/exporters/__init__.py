@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fxsparse.exporters.contents import Contents as Contents
+from fxsparse.exporters.contents import read_contents as read_contents
 from fxsparse.exporters.latency import Latency as Latency
 from fxsparse.exporters.latency import measure as measure
 from fxsparse.exporters.metadata import Layer as Layer

@@ -122,13 +122,22 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     import onnx
 
     try:
-        props = {p.key: p.value for p in onnx.load(os.fspath(path), load_external_data=False).metadata_props}
+        model = onnx.load(os.fspath(path), load_external_data=False)
     except Exception as error:  # the parser's own error shares no base class with OSError
         message = f"`path` (={path}) cannot be read as ONNX ({type(error).__name__}): export it again"
         raise ExportError(message) from error
+    found = metadata_of(model)
+    if found is None:
+        raise ExportError(f"`path` (={path}) has no metadata of schema {SCHEMA}: it was not written by this fxsparse")
+    return found
+
+
+def metadata_of(model: Any) -> dict[str, Any] | None:
+    """What `read_metadata` gives, of a loaded `onnx.ModelProto`; None where it was not written by this fxsparse."""
+    props = {entry.key: entry.value for entry in model.metadata_props}
     found = {key.removeprefix(_PREFIX): value for key, value in props.items() if key.startswith(_PREFIX)}
     if found.get("schema") != SCHEMA:
-        raise ExportError(f"`path` (={path}) has no metadata of schema {SCHEMA}: it was not written by this fxsparse")
+        return None
     return found | {key: json.loads(found[key]) for key in ("layers", "density", "provenance", "lineage")}
 
 

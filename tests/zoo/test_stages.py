@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import fxsparse
 from fxsparse.graph.scopes import preserved_rng
 from fxsparse.zoo.measure import Outputs, difference, flatten, named_difference, outputs_difference
+from fxsparse.zoo.probe import drawn, probe
 from fxsparse.zoo.stages import FUNCTIONS
 from fxsparse.zoo.stages.train import gradient_gaps
 from fxsparse.zoo.subject import NotApplicableError, Sheet, Subject
@@ -343,3 +344,91 @@ def test_buffers_that_the_forward_pass_replaces_stay_what_they_are(tmp_path: Pat
     subject = Subject({"name": "a", "ctor": RESIZING, "inputs": INPUTS}, 4, 0.8, str(tmp_path))
     for stage in ("transform", "train", "reload", "batch"):
         assert judge(subject, stage).problems == [], stage
+
+
+class Detects(nn.Module):
+    """Gives the rows whose score is above a threshold, as detectors do: none, or through code without bfloat16."""
+
+    def __init__(self, threshold: float) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.threshold = threshold
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.layer(x)
+        return found[[i for i, row in enumerate(found) if float(row.detach().sum()) > self.threshold]]
+
+
+@pytest.mark.parametrize(
+    ("threshold", "said"), [(1e9, "its outputs are empty or constant"), (0.0, "outputs differ by")]
+)
+def test_an_original_is_judged_on_several_inputs_and_not_by_empty_outputs(
+    tmp_path: Path, threshold: float, said: str
+) -> None:
+    torch.manual_seed(0)
+    taken, reason = probe(Detects(threshold).eval(), ((torch.randn(6, 4),), {}), tmp_path, 1e-3)
+    assert taken == "" and f"the legacy exporter: {said}" in reason
+
+
+def test_an_original_that_exports_is_found_to(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    assert probe(nn.Linear(4, 3).eval(), ((torch.randn(2, 4),), {}), tmp_path, 1e-3) == ("torch.export", "")
+
+
+def test_random_inputs_are_ones_that_the_model_takes() -> None:
+    class Wants(nn.Module):
+        def forward(self, x: Tensor, whole: Tensor) -> Tensor:
+            assert x[0] == x.max() or (x - torch.tensor([9.0, 1.0, 2.0])).abs().max() < 2
+            return x + whole
+
+    example = torch.tensor([9.0, 1.0, 2.0])
+    draws = drawn(Wants(), ((example,), {"whole": torch.arange(3)}), count=20)
+    assert len(draws) == 20
+    for args, kwargs in draws:
+        assert not torch.equal(args[0], example) or torch.equal(args[0].sort().values, example.sort().values)
+        assert torch.equal(kwargs["whole"], torch.arange(3))
+
+
+NO_BFLOAT16 = """
+import torch
+from torch import nn
+class Detects(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+    def forward(self, x):
+        found = self.layer(x)
+        if found.dtype is torch.bfloat16 and int((self.layer.weight == 0).sum()) > 9:
+            raise NotImplementedError('"kernel" not implemented for BFloat16')
+        return found
+m = Detects()
+"""
+
+
+def test_the_original_is_asked_for_bfloat16_with_the_same_zeros(tmp_path: Path) -> None:
+    subject = Subject({"name": "a", "ctor": NO_BFLOAT16, "inputs": INPUTS}, 4, 0.8, str(tmp_path))
+    with pytest.raises(NotApplicableError, match=r'same zeroed weights: NotImplementedError: "kernel"'):
+        judge(subject, "half")
+
+
+VALUE_DEPENDENT = """
+import torch
+from torch import nn
+class Counts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+    def forward(self, x):
+        found = self.layer(x)
+        return found * int((self.layer.weight.abs() > 0.42).sum())
+m = Counts()
+"""
+
+
+def test_new_compilations_that_the_same_zeros_need_are_no_problem(tmp_path: Path) -> None:
+    subject = Subject({"name": "a", "ctor": VALUE_DEPENDENT, "inputs": INPUTS}, 4, 0.8, str(tmp_path))
+    with torch.no_grad():
+        for parameter in subject.sparse.parameters():
+            parameter.mul_(3.0)
+    sheet = judge(subject, "compile")
+    assert sheet.problems == [] and sheet.numbers["recompiled"] > 0

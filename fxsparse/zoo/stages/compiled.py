@@ -33,6 +33,7 @@ def compiled(subject: Subject, sheet: Sheet) -> None:
     sheet.within("compile_difference", outputs_difference(expected, run(subject)), bound, "outputs when compiled")
     run(subject)
     before = _graphs()
+    state = {name: value.clone() for name, value in sparse.state_dict().items()}
     _other_masks(sparse)
     found = run(subject)
     after = _graphs()
@@ -40,7 +41,7 @@ def compiled(subject: Subject, sheet: Sheet) -> None:
     second = _masks(sparse)
     gap = outputs_difference(forward(sparse, subject.inputs()), found)
     sheet.within("remasked_difference", gap, bound, "outputs when compiled, after set_masks")
-    if after != before and _depends_on_values(subject, first, second):
+    if after != before and _depends_on_values(subject, state, first, second):
         sheet.remarks.append(
             "the same zeros without new masks need new compilations too: control flow or shapes depend on values"
         )
@@ -53,12 +54,14 @@ def _masks(sparse: nn.Module) -> dict[str, Tensor]:
     return {name: mask.clone() for name, mask in fxsparse.masks(sparse).items()}
 
 
-def _depends_on_values(subject: Subject, *steps: dict[str, Tensor]) -> bool:
+def _depends_on_values(subject: Subject, state: dict[str, Tensor], *steps: dict[str, Tensor]) -> bool:
     """Whether the model compiles anew when the same entries of its weights become zero while no mask changes.
 
-    It is the sparse model, of the first masks, because what torch compiles of a model depends on its classes too.
+    It is the sparse model, of the first masks and values (`state`), because what torch compiles of a model depends on
+    its classes too.
     """
     sparse = subject.new_sparse().eval()
+    sparse.load_state_dict(state)
     run = _compile(sparse)
     counts = []
     for masks in steps:
