@@ -287,7 +287,7 @@ def test_where_no_mask_can_go_behind_the_weight_is_refused_by_name_and_the_mend_
     x = torch.randn(2, 4)
     decided = plan(Centred(), (x,))
     assert {weight.name for weight in decided.masked} == {"layer.weight"}
-    with pytest.raises(ConfigError, match="makes other values of its zeros.*a module of its own"):
+    with pytest.raises(ConfigError, match="`mean` may make other values of its zeros.*a module of its own"):
         plan(Centred(), (x,), include="weight")
     sparse = transform(Mended(), (x,), sparsity=0.5)
     assert set(masks(sparse)) == {"layer.weight", "inner.weight"}
@@ -362,7 +362,7 @@ class TurnedInPython(Turned):
 
 
 def test_a_turned_weight_that_python_computes_is_refused() -> None:
-    with pytest.raises(ConfigError, match="makes other values of its zeros"):
+    with pytest.raises(ConfigError, match="`mean` may make other values of its zeros"):
         plan(TurnedInPython(4), (torch.randn(3, 4),), include="weight")
 
 
@@ -498,3 +498,49 @@ def test_functional_calls_read_the_masks(case: WeightCase) -> None:
     torch.testing.assert_close(out, sparse(*inputs), rtol=1e-12, atol=1e-12)
     found = torch.func.grad(lambda each: torch.func.functional_call(sparse, each, inputs).square().sum())(values)
     assert all(bool(torch.isfinite(gradient).all()) for gradient in found.values())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_spectral_norm_without_alive_entries_stays_zero_when_it_is_folded(training: bool) -> None:
+    model = nn.Sequential(P.spectral_norm(nn.Linear(4, 3)), nn.ReLU(), nn.Linear(3, 2))
+    x = torch.randn(5, 4)
+    sparse = transform(model, (x,))
+    name = "0.parametrizations.weight.original"
+    set_masks(sparse, {name: torch.zeros(3, 4, dtype=torch.bool)})
+    folded = finalize(sparse).train(training)
+    expected = model[2](model[0].bias.relu().expand(5, 3))
+    torch.testing.assert_close(folded(x), expected)
+    assert set(masks(folded)) == {name}
+    set_masks(sparse, {name: torch.eye(3, 4, dtype=torch.bool)})
+    assert not masks(finalize(sparse))
+
+
+class Shaped(nn.Module):
+    """The weight goes through a function of its entries that is zero at zero."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.function(self.weight))
+
+
+@pytest.mark.parametrize("name", ["abs", "sign", "tanh", "relu", "sin", "square", "expm1", "erf", "round"])
+def test_entrywise_functions_that_are_zero_at_zero_need_no_mask_behind(name: str) -> None:
+    function, x = getattr(torch, name), torch.randn(3, 4)
+    (weight,) = plan(Shaped(function), (x,)).masked
+    assert weight.route is not Route.EFFECTIVE and "masked behind" not in weight.reason
+    sparse = transform(Shaped(function), (x,), sparsity=0.5)
+    used = function(torch.where(masks(sparse)["weight"], sparse.weight.detach(), 0.0))
+    assert bool((used[~masks(sparse)["weight"]] == 0).all())
+    torch.testing.assert_close(sparse(x), x @ used.T)
+
+
+def test_a_weight_is_said_to_be_masked_behind_the_operation_where_its_mask_stands() -> None:
+    def standardised(weight: Tensor) -> Tensor:
+        return (weight - weight.mean(1, keepdim=True)) / weight.std(1, keepdim=True)
+
+    (weight,) = plan(Shaped(standardised), (torch.randn(3, 4),)).masked
+    assert weight.reason.endswith("masked behind `truediv`") or weight.reason.endswith("masked behind `div`")

@@ -10,8 +10,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Collection, Hashable
+import inspect
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,14 +21,17 @@ from torch import nn
 
 from fxsparse.errors import CaptureError, ConfigError
 from fxsparse.graph.captured import CapturedModule, graphs_of
-from fxsparse.graph.clone import structural_clone
+from fxsparse.graph.clone import isolated_clone, structural_clone
 from fxsparse.graph.compare import Difference, Reference, observe
-from fxsparse.graph.guards import NOTHING, Untraceable
+from fxsparse.graph.guards import NOTHING, Untraceable, raising_modules
 from fxsparse.graph.inputs import split_inputs
 from fxsparse.graph.recorder import Recording
 from fxsparse.graph.specialize import specialisation, specialized
 from fxsparse.graph.tracer import Trace, has_hooks, is_layer, is_leaf, is_torch_layer, trace, trace_key
+from fxsparse.graph.tracing import tracing
+from fxsparse.graph.tree import modules_of
 
+_Key = tuple[Hashable, frozenset[str]]
 _UNREPEATABLE = "the model does not repeat itself from the same seed, so no graph can be compared with it"
 
 
@@ -47,7 +52,8 @@ class Capture:
     """The captured model.
 
     Attributes:
-        module: a copy of the model that shares its tensors; parts of it, or all, are `CapturedModule`.
+        module: a copy of the model, which shares its tensors unless they are copied; parts of it, or all, are
+            `CapturedModule`.
         graphs: paths of the parts that run as graphs ("" = the model itself).
         refusals: the parts that do not, with reasons, in the order of the tree.
         recording: what the eager run told; None without example inputs.
@@ -72,15 +78,16 @@ def capture(
     compare: bool = True,
     specialize: bool = False,
     known: Capture | None = None,
+    copied: bool = False,
 ) -> Capture:
-    """Capture `model`; it stays as it was, and its tensors are shared with the result.
+    """Capture `model`; it stays as it was, and its tensors are shared with the result unless `copied`.
 
     Args:
         model: any module.
         example_inputs: a tuple of positional inputs, or ``(args, kwargs)``. Without them there is no recording, and a
             model that cannot be traced as a whole stays Python.
-        compare: whether to compare the result with the model. Without it only graphs that rest on an assumption are
-            compared; it is for callers who compare what they make of the result, and capture anew when that differs.
+        compare: whether to compare the result with the model; False is for callers who compare what they make of the
+            result, and capture anew when that differs.
         specialize: whether a model that is not traced as a whole may become one graph of the calls that ran on the
             example inputs, in eval and in train mode. Inputs of another shape, dtype, structure or Python value then
             raise CaptureError, and so do other values where Python code reads them out of a tensor. Other things that
@@ -88,6 +95,7 @@ def capture(
             compared, bit for bit, on the example inputs and on others of the same shapes; where there is none the
             refusals say why, and the result is the one without `specialize`.
         known: an earlier capture of the same model, unchanged since, on the same inputs: the model is not run anew.
+        copied: whether the result has copies of the parameters and buffers instead of sharing them.
 
     Raises:
         CaptureError: when `model` is no module, cannot be copied, or fails on the example inputs.
@@ -98,14 +106,14 @@ def capture(
     if specialize and example_inputs is None:
         raise ConfigError("`specialize` (=True) needs `example_inputs`, to which the graph is specialised")
     if example_inputs is None:
-        session = _Session(structural_clone(model))
+        session = _Session(_working_copy(model, copied))
     else:
         args, kwargs = split_inputs(example_inputs)
         if known is not None and known.recording is not None and known.reference is not None:
             recording, reference = known.recording, known.reference
         else:
             recording, reference = observe(model, args, kwargs)
-        session = _Session(structural_clone(model), recording, reference, compare, specialize)
+        session = _Session(_working_copy(model, copied), recording, reference, compare, specialize)
     session.run()
     graphs, refusals = tuple(graphs_of(session.module)), tuple(session.refusals)
     return Capture(
@@ -119,6 +127,16 @@ def capture(
     )
 
 
+def _places_of(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
+    return [(parent, name) for parent in model.modules() for name, child in parent._modules.items() if child is module]
+
+
+def _working_copy(model: nn.Module, copied: bool) -> nn.Module:
+    if not copied:
+        return structural_clone(model)
+    return isolated_clone(model, copied=[name for name, _ in model.named_parameters(remove_duplicate=False)])
+
+
 @dataclass
 class _Session:
     module: nn.Module
@@ -127,21 +145,36 @@ class _Session:
     compare: bool = True
     specialize: bool = False
     refusals: list[Refusal] = field(default_factory=list)
-    assuming: set[str] = field(default_factory=set)
     compared: bool = True
-    traces: dict[Hashable, Trace | Untraceable] = field(default_factory=dict)
+    traces: dict[_Key, Trace | Untraceable] = field(default_factory=dict)
+    made: dict[_Key, CapturedModule] = field(default_factory=dict)
+    hopeless: dict[int, Untraceable] = field(default_factory=dict)
+    keys: dict[Hashable, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.paths: dict[int, str] = {}
+        self.places: dict[int, list[tuple[nn.Module, str]]] = {}
+        self.held = modules_of(self.module)
+        for path, module in self.held:
+            self.paths[id(module)] = path  # its first name
+            for name, child in module._modules.items():
+                self.places.setdefault(id(child), []).append((module, name))
 
     def run(self) -> None:
         """Turn `module` into graphs, the root first."""
         if isinstance(self.module, CapturedModule):
             return
-        made = self._trace("", self.module)
+        found: dict[str, CapturedModule] | None = None
+        with tracing():
+            made = self._trace("", self.module)
+            if made is None and self.reference is not None and not self.specialize:
+                found = self._candidates(self.module, "")
         if made is not None and self._accept({"": made}):
             self._capture_leaves(made, "")
         elif self.reference is not None and self.reference.repeats:
             special = self._specialized() if self.specialize else None
             if special is None:
-                self._descend(self.module, "")
+                self._descend(self.module, "", found)
             else:
                 self._capture_leaves(special, "")
 
@@ -159,30 +192,45 @@ class _Session:
 
     def _trace(self, path: str, module: nn.Module) -> CapturedModule | None:
         try:
-            traced = self._traced(module)
+            absent = self._absent(path, module)
+            key = trace_key(module, self.keys), absent
+            traced, like = self._traced(module, key)
             if traced.assumptions and self.reference is None:
                 raise Untraceable(f"it depends on {traced.assumptions[0]}", "give example inputs")
-            if traced.assumptions:
-                self.assuming.add(path)
-            return CapturedModule(module, traced.graph)
+            made = CapturedModule(module, traced.graph, like=like)
+            self.made.setdefault(key, made)
+            return made
         except Untraceable as error:
             self.refusals.append(Refusal(path, error.reason, error.mend))
         except SyntaxError as error:  # a default value that cannot be written as code
             self.refusals.append(Refusal(path, f"its signature cannot be generated ({error})", "use plain defaults"))
         return None
 
-    def _traced(self, module: nn.Module) -> Trace:
-        """`trace`, once for modules that are alike."""
-        key = trace_key(module)
+    def _absent(self, path: str, module: nn.Module) -> frozenset[str]:
+        """Names of the arguments that were None when the module ran on the example inputs."""
+        keys = self.recording.absent.get(path, frozenset()) if self.recording is not None else frozenset()
+        if not keys:
+            return frozenset()
+        names = list(inspect.signature(inspect.unwrap(type(module).forward)).parameters)[1:]
+        named = (names[key] if isinstance(key, int) and key < len(names) else key for key in keys)
+        return frozenset(name for name in named if isinstance(name, str))
+
+    def _traced(self, module: nn.Module, key: _Key) -> tuple[Trace, CapturedModule | None]:
+        """`trace`, once for modules that are alike: of the others a copy, with the first one that was captured."""
+        if id(module) in self.hopeless:
+            self.traces.setdefault(key, self.hopeless[id(module)])
         if key not in self.traces:
             try:
-                self.traces[key] = trace(module)
+                self.traces[key] = trace(module, absent=key[1]) if key[1] else trace(module)
             except Untraceable as error:
-                self.traces[key] = error
+                self.traces[key] = told = Untraceable(error.reason, error.mend)  # without its traceback
+                for around in error.within or raising_modules(error.__cause__)[:-1]:
+                    self.hopeless.setdefault(id(around), told)
         found = self.traces[key]
         if isinstance(found, Untraceable):
             raise found
-        return Trace(copy.deepcopy(found.graph), found.assumptions)
+        like = self.made.get(key)
+        return (found if like is None else Trace(copy.deepcopy(found.graph), found.assumptions)), like
 
     def _accept(self, candidates: dict[str, CapturedModule]) -> dict[str, CapturedModule]:
         """Put the candidates in place, without those that make the model behave differently; return what is in."""
@@ -191,7 +239,7 @@ class _Session:
         before = {path: self.module.get_submodule(path) for path in candidates}
         for path, candidate in candidates.items():
             self._put(path, candidate)
-        found = self._difference(candidates)
+        found = self._difference()
         if found is None:
             return candidates
         for path, module in before.items():
@@ -208,10 +256,10 @@ class _Session:
         self.refusals[told:] = sorted(self.refusals[told:], key=lambda refusal: order[refusal.path])
         return {path: candidate for path, candidate in candidates.items() if path in accepted}
 
-    def _difference(self, candidates: Collection[str]) -> Difference | None:
+    def _difference(self) -> Difference | None:
         if self.reference is None:
             return None
-        if not self.compare and self.assuming.isdisjoint(candidates):
+        if not self.compare:
             self.compared = False
             return None
         return self.reference.difference(self.module)
@@ -224,14 +272,17 @@ class _Session:
             self.module = module
             return
         old = self.module.get_submodule(path)
-        for parent in list(self.module.modules()):
-            for name, child in parent._modules.items():
-                if child is old:
-                    parent._modules[name] = module
+        places = self.places.pop(id(old), None) or _places_of(self.module, old)
+        for parent, name in places:
+            parent._modules[name] = module
+        self.places[id(module)] = places
 
-    def _descend(self, parent: nn.Module, path: str) -> None:
-        """Capture the largest traceable submodules below `parent`, which stays Python."""
-        candidates = self._candidates(parent, path)
+    def _descend(self, parent: nn.Module, path: str, found: dict[str, CapturedModule] | None = None) -> None:
+        """Capture the largest traceable submodules below `parent`, which stays Python; `found` are those known."""
+        candidates = found
+        if candidates is None:
+            with tracing():
+                candidates = self._candidates(parent, path)
         accepted = self._accept(candidates)
         if not self._repeats():
             return
@@ -243,10 +294,9 @@ class _Session:
 
     def _candidates(self, parent: nn.Module, path: str) -> dict[str, CapturedModule]:
         found: dict[str, CapturedModule] = {}
-        first = {id(module): name for name, module in self.module.named_modules()}
         for name, child in parent.named_children():
             child_path = f"{path}.{name}" if path else name
-            if first[id(child)] != child_path:  # another name of a module that is met elsewhere
+            if self.paths.get(id(child), child_path) != child_path:  # another name of a module that is met elsewhere
                 continue
             if not _is_user_module(child) or isinstance(child, CapturedModule):
                 continue
@@ -267,26 +317,27 @@ class _Session:
 
     def _capture_leaves(self, captured: CapturedModule, path: str) -> None:
         """Modules of the user's that stay one node (layers, and what has hooks) may hold graphs themselves."""
-        found: dict[str, CapturedModule] = {}
-        hooked: list[str] = []
-        for target in dict.fromkeys(str(node.target) for node in captured.graph.find_nodes(op="call_module")):
-            leaf_path = f"{path}.{target}" if path else target
-            leaf = self.module.get_submodule(leaf_path)
-            if isinstance(leaf, CapturedModule) or not (_is_user_module(leaf) and (has_hooks(leaf) or is_layer(leaf))):
-                continue
-            if any(self.module.get_submodule(other) is leaf for other in found):
-                continue
-            made = self._trace_called(leaf_path, leaf)
-            if made is not None:
-                found[leaf_path] = made
-            elif not is_layer(leaf):
-                hooked.append(leaf_path)
+        leaves = self._leaves(captured, path)
+        with tracing() if leaves else contextlib.nullcontext():
+            made = {leaf_path: self._trace_called(leaf_path, leaf) for leaf_path, leaf in leaves.items()}
+        found = {leaf_path: graph for leaf_path, graph in made.items() if graph is not None}
+        hooked = [leaf_path for leaf_path in made if leaf_path not in found and not is_layer(leaves[leaf_path])]
         accepted = self._accept(found)
         hooked += [target for target in found if target not in accepted]
         for target in hooked if self.reference is not None else ():
             self._descend(self.module.get_submodule(target), target)
-        for target, made in accepted.items():
-            self._capture_leaves(made, target)
+        for target, graph in accepted.items():
+            self._capture_leaves(graph, target)
+
+    def _leaves(self, captured: CapturedModule, path: str) -> dict[str, nn.Module]:
+        """The modules of the user's that are nodes of a graph, each once, by path."""
+        leaves: dict[int, tuple[str, nn.Module]] = {}
+        for target in dict.fromkeys(str(node.target) for node in captured.graph.find_nodes(op="call_module")):
+            leaf_path = f"{path}.{target}" if path else target
+            leaf = self.module.get_submodule(leaf_path)
+            if not isinstance(leaf, CapturedModule) and _is_user_module(leaf) and (has_hooks(leaf) or is_layer(leaf)):
+                leaves.setdefault(id(leaf), (leaf_path, leaf))
+        return dict(leaves.values())
 
 
 def _parted(candidates: dict[str, CapturedModule], found: Difference) -> tuple[list[str], list[str]]:

@@ -8,6 +8,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch.fx.graph import CodeGen, PythonCode
 GRAPH_STATE = frozenset(
     {"_graph", "_code", "_lineno_map", "_prologue_start", "_in_spec", "_out_spec", "_tracer_cls", "_tracer_extras"}
 )
+_WRITTEN = ("_code", "_lineno_map", "_prologue_start")
 _CONTAINER_METHODS = ("__getitem__", "__len__", "__iter__", "__contains__", "__dir__")
 
 
@@ -64,19 +66,27 @@ class CapturedModule(fx.GraphModule):
         origin: the class that `root` was before any capture; by default its type.
         inherits: whether the class of the result inherits from `origin`, so that what it overrides of nn.Module
             (``train``, ``state_dict``) stays in force.
+        like: another captured module, whose graph `graph` is a copy of: its compiled code serves for both.
     """
 
     def __init__(
-        self, root: nn.Module, graph: fx.Graph, origin: type[nn.Module] | None = None, *, inherits: bool = False
+        self,
+        root: nn.Module,
+        graph: fx.Graph,
+        origin: type[nn.Module] | None = None,
+        *,
+        inherits: bool = False,
+        like: CapturedModule | None = None,
     ) -> None:
         origin = origin or (root._origin if isinstance(root, CapturedModule) else type(root))
-        super().__init__(nn.Module(), fx.Graph(), class_name=origin.__name__)
+        nn.Module.__init__(self)  # not GraphModule's own: it would compile a graph that nobody runs
+        self.__dict__.update({key: copy.copy(value) for key, value in _graph_defaults().items()})
         meta = dict(getattr(root, "meta", {})) if isinstance(root, fx.GraphModule) else {}
         self.__dict__.update({key: value for key, value in root.__dict__.items() if key not in GRAPH_STATE})
         self.__dict__["meta"] = meta
         if inherits:
             self.__dict__["_inherits"] = True
-        _install(self, graph, origin)
+        _install(self, graph, origin, like)
 
     @property
     def origin(self) -> type[nn.Module]:
@@ -84,12 +94,23 @@ class CapturedModule(fx.GraphModule):
         origin: type[nn.Module] = self.__dict__["_origin"]
         return origin
 
-    def recompile(self) -> PythonCode:
-        """Generate ``forward`` from the graph; a call that fails raises and, unlike torch's own, prints nothing."""
-        written = super().recompile()
+    def recompile(self, *, deep: bool = True) -> PythonCode:
+        """Generate ``forward`` from the graph; a call that fails raises and, unlike torch's own, prints nothing.
+
+        Args:
+            deep: whether the graphs that are its direct submodules are generated anew too, as torch does.
+        """
+        self.__dict__["_deep"] = deep
+        try:
+            written = super().recompile()
+        finally:
+            del self.__dict__["_deep"]
         if "__call__" in type(self).__dict__:
             del type(self).__call__
         return written
+
+    def _recompile_submodules(self) -> list[tuple[str, PythonCode]]:
+        return super()._recompile_submodules() if self.__dict__.get("_deep", True) else []
 
     def _get_name(self) -> str:
         return f"Captured[{self.__dict__['_origin'].__name__}]"
@@ -123,13 +144,22 @@ class CapturedModule(fx.GraphModule):
         return _unpickle, (state, pack_graph(self.graph), self.graph._codegen, self.origin)
 
 
+@lru_cache(maxsize=1)
+def _graph_defaults() -> dict[str, Any]:
+    """What a GraphModule keeps in its ``__dict__`` beside the graph and what every module keeps."""
+    known = GRAPH_STATE | nn.Module().__dict__.keys()
+    return {key: value for key, value in fx.GraphModule(nn.Module(), fx.Graph()).__dict__.items() if key not in known}
+
+
 def _blank(kind: type[fx.GraphModule]) -> CapturedModule:
     result = kind.__new__(kind)
     assert isinstance(result, CapturedModule)
     return result
 
 
-def _install(module: CapturedModule, graph: fx.Graph, origin: type[nn.Module]) -> CapturedModule:
+def _install(
+    module: CapturedModule, graph: fx.Graph, origin: type[nn.Module], like: CapturedModule | None = None
+) -> CapturedModule:
     kind = type(module)  # every GraphModule instance has a class of its own
     kind.__name__ = origin.__name__
     if module.__dict__.get("_inherits") and origin not in kind.__mro__:
@@ -139,7 +169,13 @@ def _install(module: CapturedModule, graph: fx.Graph, origin: type[nn.Module]) -
         if method is not None and method is not inspect.getattr_static(nn.Module, name, None):
             setattr(kind, name, method)
     module.__dict__.update(_origin=origin, _tracer_cls=None, _tracer_extras={})
-    module.graph = graph
+    module._graph = graph
+    graph.owning_module = module
+    if like is None:
+        module.recompile(deep=False)
+    else:
+        module.__dict__.update({key: like.__dict__[key] for key in _WRITTEN})
+        kind.forward = type(like).forward  # as recompiling does
     return module
 
 

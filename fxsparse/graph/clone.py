@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from fxsparse.errors import CaptureError
 from fxsparse.graph.captured import GRAPH_STATE, CapturedModule
+from fxsparse.graph.tree import modules_of, parameters_of
 from fxsparse.graph.writes import storage_of
 
 M = TypeVar("M", bound=nn.Module)
@@ -58,7 +59,7 @@ def isolated_clone(model: M, copied: Collection[str] = (), *, to_run: bool = Fal
     Raises:
         CaptureError: as `structural_clone`.
     """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(parameter): name for name, parameter in parameters_of(model)}
     chosen = frozenset(copied)
     memo: dict[int, Any] = {}
     tensors = list(_tensors(model))
@@ -89,15 +90,17 @@ def _alias(parameter: nn.Parameter, copied: bool) -> nn.Parameter:
 
 
 def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
-    for path, module in model.named_modules():
+    for path, module in modules_of(model):
         if isinstance(module, torch.jit.ScriptModule):
             continue
-        for name, parameter in module._parameters.items():
+        held: dict[str, Any] = dict(module._parameters)
+        for name, parameter in held.items():
             if isinstance(parameter, nn.UninitializedParameter):
                 full = f"{path}.{name}".lstrip(".")
                 raise CaptureError(f"parameter `{full}` has no shape yet (lazy module): run one forward pass before")
         for value in module.__dict__.values():
-            yield from _tensors_in(value)
+            if value is not None and type(value) not in _ATOMIC and value is not module._modules:
+                yield from _tensors_in(value)
 
 
 def _tensors_in(value: Any, depth: int = 3) -> Iterator[torch.Tensor]:
@@ -122,18 +125,22 @@ def _copy(model: M, memo: dict[int, Any], to_run: bool = False) -> M:
         raise CaptureError(
             f"`{_culprit(model, memo)}` cannot be copied ({error}): remove it before, or define its `__deepcopy__`"
         ) from error
-    for path, module in model.named_modules():  # torch's own GraphModule drops these when it is copied
+    for path, module in modules_of(model):  # torch's own GraphModule drops these when it is copied
         if isinstance(module, fx.GraphModule) and not isinstance(module, CapturedModule):
             twin = clone.get_submodule(path)
             twin._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
             for hooks in _HOOKS:
                 setattr(twin, hooks, copy.copy(getattr(module, hooks)))
-    for path, module in model.named_modules():
+    for path, module in modules_of(model):
         if isinstance(module, torch.jit.ScriptModule):
             for (_, old), (_, new) in zip(
                 module.named_parameters(), clone.get_submodule(path).named_parameters(), strict=True
             ):
                 new.requires_grad_(old.requires_grad)
+    for _, module in modules_of(model):
+        copied = memo.get(id(module))  # a class that is rebuilt from its arguments forgets the mode
+        if isinstance(copied, nn.Module) and copied.training is not module.training:
+            copied.training = module.training
     _rebind_hooks(clone, memo)
     return clone
 
@@ -142,7 +149,9 @@ def _copy_plain(model: nn.Module, memo: dict[int, Any], to_run: bool) -> None:
     """Copy every module that has no copying protocol of its own into `memo`, as `copy.deepcopy` does but faster."""
     twins = [
         (module, object.__new__(type(module)))
-        for module in reversed(list(model.modules()))  # children first: a parent's own protocol may look at them
+        for module in reversed(
+            [module for _, module in modules_of(model)]
+        )  # children first: a parent's own protocol may look at them
         if id(module) not in memo and (_is_plain(type(module)) or (to_run and isinstance(module, CapturedModule)))
     ]
     memo.update((id(module), twin) for module, twin in twins)
@@ -181,6 +190,8 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     if kind not in _TABLES or id(value) in memo:
         return copy.deepcopy(value, memo)
     twin = memo[id(value)] = kind()
+    if not value:
+        return twin
     for key, item in value.items():
         known = memo.get(id(item))
         twin[_copied(key, memo)] = _copied(item, memo) if known is None else known
@@ -189,7 +200,7 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
 
 def _rebind_hooks(clone: nn.Module, memo: dict[int, Any]) -> None:
     """Let hooks that close over the original (``lambda m, i, o: self.features.append(o)``) see the copy instead."""
-    for module in clone.modules():
+    for _, module in modules_of(clone):
         for hooks in _HOOKS:
             table = module.__dict__.get(hooks) or {}
             for key, hook in list(table.items()):

@@ -20,6 +20,11 @@ PICKS = frozenset("getitem select unbind index_select split chunk narrow expand 
 _PERMUTES = FLIPS | frozenset("H mH adjoint permute movedim moveaxis".split())
 _RESHAPES = frozenset("view reshape reshape_as view_as flatten unflatten unsqueeze squeeze".split())
 _SHUFFLES = frozenset({"flip", "roll"})
+_ZERO_AT_ZERO = frozenset(
+    "abs absolute sign sgn relu relu_ relu6 leaky_relu elu celu selu gelu silu hardswish softsign tanh hardshrink "
+    "softshrink tanhshrink sin asin arcsin sinh asinh tan atan arctan atanh erf erfinv expm1 log1p square round "
+    "floor ceil trunc fix frac positive".split()
+)
 
 KEEPS_ZEROS = (
     MOVES
@@ -27,6 +32,7 @@ KEEPS_ZEROS = (
     | PICKS
     | _RESHAPES
     | _SHUFFLES
+    | _ZERO_AT_ZERO
     | frozenset(
         "cat concat concatenate stack hstack vstack tensor_split repeat tile pad mul div neg data real imag "
         "masked_fill masked_weight where tril triu dropout cpu cuda multiply divide truediv repeat_interleave "
@@ -35,9 +41,13 @@ KEEPS_ZEROS = (
 )
 """Operations that leave a dead entry zero wherever it goes."""
 
-_IN_PLACE = MOVES - {"view_as"} | frozenset(
-    "mul div neg data real imag masked_fill masked_weight where tril triu dropout cpu cuda multiply divide "
-    "truediv".split()
+_IN_PLACE = (
+    MOVES - {"view_as"}
+    | _ZERO_AT_ZERO
+    | frozenset(
+        "mul div neg data real imag masked_fill masked_weight where tril triu dropout cpu cuda multiply divide "
+        "truediv".split()
+    )
 )
 
 

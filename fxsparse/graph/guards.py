@@ -2,31 +2,48 @@
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Callable, Collection, Iterator
+import traceback
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
 
-_PATCH_LOCK = threading.RLock()
+from fxsparse.graph.tree import modules_of
+
+PATCH_LOCK = threading.RLock()
 NOTHING = "nothing to mend: its weights can be masked all the same"
 
 
 class Untraceable(Exception):
-    """Why a module cannot be a graph; caught by capture and turned into a refusal."""
+    """Why a module cannot be a graph; caught by capture and turned into a refusal.
 
-    def __init__(self, reason: str, mend: str) -> None:
+    Attributes:
+        reason: why.
+        mend: what to do about it.
+        within: modules that cannot be graphs either for the same reason, as far as they are known: they were running
+            where it lies, and come there too when they are traced on their own.
+    """
+
+    def __init__(self, reason: str, mend: str, within: Sequence[nn.Module] = ()) -> None:
         super().__init__(reason)
         self.reason = reason
         self.mend = mend
+        self.within = within
 
 
 @contextmanager
 def unchanged(root: nn.Module) -> Iterator[None]:
     """Refuse a trace that changed plain attributes of a module, and put them back."""
-    before = [(path, module, dict(module.__dict__), _contents(module)) for path, module in root.named_modules()]
+    before = [
+        (path, module, dict(module.__dict__), _contents(module))
+        for path, module in modules_of(root)
+        if not isinstance(module, torch.jit.ScriptModule)  # which look their methods up when they are first read
+    ]
     try:
         yield
         for path, module, state, contents in before:
@@ -80,9 +97,28 @@ def _refill(container: Any, held: list[Any]) -> None:
 
 def _refusal(reason: str, mend: str) -> Callable[..., Any]:
     def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise Untraceable(reason, mend)
+        raise Untraceable(reason, mend, within=running_modules(sys._getframe(1)))
 
     return refuse
+
+
+def running_modules(frame: FrameType | None) -> list[nn.Module]:
+    """The modules whose forward is running at `frame`, the innermost last."""
+    frames = []
+    while frame is not None:
+        frames.append(frame)
+        frame = frame.f_back
+    return _modules_in(reversed(frames))
+
+
+def raising_modules(error: BaseException | None) -> list[nn.Module]:
+    """The modules whose forward was running when `error` was raised, the innermost last."""
+    return [] if error is None else _modules_in(frame for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
+def _modules_in(frames: Iterable[FrameType]) -> list[nn.Module]:
+    held = (frame.f_locals.get("self") for frame in frames if frame.f_code.co_name == "forward")
+    return [value for value in held if isinstance(value, nn.Module)]
 
 
 @contextmanager
@@ -93,24 +129,32 @@ def noticing_modes(read: set[str], noted: Callable[[nn.Module], None] = lambda m
         read: what was read.
         noted: called with each module whose flag is read.
     """
+    with modes_watched():
+        _watchers.append((read, noted))
+        try:
+            yield
+        finally:
+            _watchers.pop()
 
-    def get(module: nn.Module) -> bool:
-        read.add("training")
-        noted(module)
-        flag: bool = module.__dict__["training"]
-        return flag
 
-    def put(module: nn.Module, flag: bool) -> None:
-        module.__dict__["training"] = flag
+_watchers: list[tuple[set[str], Callable[[nn.Module], None]]] = []
 
+
+@contextmanager
+def modes_watched() -> Iterator[None]:
+    """What `noticing_modes` needs, put in place once for all of them inside."""
+    if isinstance(nn.Module.__dict__.get("training"), _WatchedFlag):
+        yield
+        return
     is_grad_enabled = torch.is_grad_enabled
 
     def enabled() -> bool:
-        read.add("gradients")
+        for read, _ in _watchers[-1:]:
+            read.add("gradients")
         return is_grad_enabled()
 
-    with _PATCH_LOCK:
-        nn.Module.training = property(get, put)  # type: ignore[assignment]  # taken off below
+    with PATCH_LOCK:
+        nn.Module.training = _WatchedFlag(_get_training, _set_training)  # type: ignore[assignment]  # taken off below
         torch.is_grad_enabled = enabled
         try:
             yield
@@ -119,10 +163,26 @@ def noticing_modes(read: set[str], noted: Callable[[nn.Module], None] = lambda m
             torch.is_grad_enabled = is_grad_enabled
 
 
+class _WatchedFlag(property):
+    pass
+
+
+def _get_training(module: nn.Module) -> bool:
+    for read, noted in _watchers[-1:]:
+        read.add("training")
+        noted(module)
+    known = module.__dict__
+    return bool(known["training"] if "training" in known else module.__getattr__("training"))  # scripted modules
+
+
+def _set_training(module: nn.Module, flag: bool) -> None:
+    module.__dict__["training"] = flag
+
+
 @contextmanager
 def patching(owner: type, name: str, replacement: Any) -> Iterator[None]:
     """Replace an attribute of a class for a while."""
-    with _PATCH_LOCK:
+    with PATCH_LOCK:
         before = owner.__dict__[name]
         setattr(owner, name, replacement)
         try:
@@ -156,7 +216,7 @@ def refusing_contexts(kept: Collection[type] = ()) -> Iterator[None]:
             _refusal(f"it saves tensors by hooks (activation checkpointing): {lost}", NOTHING),
         ),
     )
-    with _PATCH_LOCK, ExitStack() as stack:
+    with PATCH_LOCK, ExitStack() as stack:
         for owner, name, replacement in patches:
             if owner in kept:
                 continue

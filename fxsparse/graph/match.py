@@ -130,15 +130,16 @@ def weight_uses(module: fx.GraphModule) -> tuple[WeightUse, ...]:
         for read in reads:
             chains[read] = [(name, read, ())]
     uses: list[WeightUse] = []
-    for node in module.graph.nodes:
+    order = {node: place for place, node in enumerate(module.graph.nodes)}
+    for node in order:
         uses.extend(_uses_at(module, node, chains))
         inputs = node.all_input_nodes
         if node.op in ("call_function", "call_method") and any(i in chains for i in inputs):
             if all(i in chains or _is_buffer(module, i) for i in inputs):
-                found = {
-                    (chain[0], chain[1]): (*chain[:2], (*chain[2], node)) for i in inputs for chain in chains.get(i, [])
-                }
-                chains[node] = list(found.values())
+                found: dict[tuple[str, fx.Node], dict[fx.Node, None]] = {}
+                for name, read, views in (chain for i in inputs for chain in chains.get(i, [])):
+                    found.setdefault((name, read), {}).update(dict.fromkeys(views))
+                chains[node] = [(*key, (*sorted(views, key=order.__getitem__), node)) for key, views in found.items()]
     return tuple(use for use in uses if use.views or use.rank >= 2)
 
 

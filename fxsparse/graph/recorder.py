@@ -17,6 +17,7 @@ from fxsparse.graph.clone import isolated_clone
 from fxsparse.graph.inputs import fresh_inputs, opened, tensors_of
 from fxsparse.graph.macs import TWO_SIDED, ZERO_MAC_OPS, Operand, Product, op_name, product
 from fxsparse.graph.scopes import SEED, seeded
+from fxsparse.graph.tree import modules_of, parameters_of
 from fxsparse.graph.writes import ParameterWrites
 
 Shape = tuple[int, ...]
@@ -73,6 +74,8 @@ class Recording:
         calls: how often each module (by its first path) was called.
         activation_products: products without a weight.
         opaque: paths of scripted modules, whose inside cannot be seen.
+        replaced: parameters in whose place the forward pass puts other objects.
+        absent: arguments that a call of a module left None: position or name, by the module's path.
     """
 
     uses: tuple[Use, ...]
@@ -81,6 +84,8 @@ class Recording:
     calls: Mapping[str, int]
     activation_products: tuple[ActivationProduct, ...] = ()
     opaque: tuple[str, ...] = ()
+    replaced: tuple[str, ...] = ()
+    absent: Mapping[str, frozenset[int | str]] = field(default_factory=dict)
 
     def of(self, parameter: str) -> tuple[Use, ...]:
         """The uses of one parameter."""
@@ -180,31 +185,36 @@ class _Recorder(TorchFunctionMode):
 
     def __post_init__(self) -> None:
         super().__init__()
-        self.numels = {name: parameter.numel() for name, parameter in self.model.named_parameters()}
-        self.sources = {id(p): _Source(p, (name,), (name,)) for name, p in self.model.named_parameters()}
+        self.numels = {name: parameter.numel() for name, parameter in parameters_of(self.model)}
+        self.sources = {id(p): _Source(p, (name,), (name,)) for name, p in parameters_of(self.model)}
+        self.held = {source.parameters[0]: source for source in self.sources.values()}
         self.neutral = {id(buffer) for buffer in self.model.buffers()}
         self.writes = ParameterWrites(self.model)
         self.written: tuple[str, ...] = ()
-        self.owners = {id(p): path for path, m in reversed(_modules(self.model)) for p in m._parameters.values()}
+        self.owners = {id(p): path for path, m in reversed(modules_of(self.model)) for p in m._parameters.values()}
         self.owner = {source.parameters[0]: self.owners[key] for key, source in self.sources.items()}
         self.stack: list[str] = []
+        self.absent: dict[str, set[int | str]] = {}
         self.calls: Counter[str] = Counter()
         self.call = 0
 
     def watch_modules(self) -> list[Any]:
         """Hook every module of the copy, so that the innermost running one is known."""
         handles = []
-        for path, module in _modules(self.model):
+        for path, module in modules_of(self.model):
             if isinstance(module, torch.jit.ScriptModule):
                 continue
-            handles.append(module.register_forward_pre_hook(self._enter(path), prepend=True))
+            handles.append(module.register_forward_pre_hook(self._enter(path), prepend=True, with_kwargs=True))
             handles.append(module.register_forward_hook(self._leave, always_call=True))
         return handles
 
     def _enter(self, path: str) -> Callable[..., None]:
-        def enter(module: nn.Module, args: Any) -> None:
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
             self.stack.append(path)
             self.calls[path] += 1
+            for key, value in (*enumerate(args), *kwargs.items()):
+                if value is None:
+                    self.absent.setdefault(path, set()).add(key)
 
         return enter
 
@@ -318,7 +328,7 @@ class _Recorder(TorchFunctionMode):
 
     def recording(self) -> Recording:
         """Everything noted so far."""
-        opaque = tuple(path for path, m in _modules(self.model) if isinstance(m, torch.jit.ScriptModule))
+        opaque = tuple(path for path, m in modules_of(self.model) if isinstance(m, torch.jit.ScriptModule))
         used = {use.parameter for use in self.uses}
         return Recording(
             uses=tuple(self.uses),
@@ -327,7 +337,19 @@ class _Recorder(TorchFunctionMode):
             calls=dict(self.calls),
             activation_products=tuple(self.products),
             opaque=opaque,
+            replaced=tuple(name for name, source in self.held.items() if not self._holds(name, source.tensor)),
+            absent={path: frozenset(keys) for path, keys in self.absent.items()},
         )
+
+    def _holds(self, name: str, parameter: torch.Tensor) -> bool:
+        path, _, attribute = name.rpartition(".")
+        try:
+            holder = self.model.get_submodule(path)
+        except AttributeError:
+            return False
+        if isinstance(holder, torch.jit.ScriptModule):  # which makes its parameters anew for every reader
+            return True
+        return holder._parameters.get(attribute) is parameter
 
 
 def _derived(output: torch.Tensor, held: list[_Source], op: str, has_product: bool) -> _Source:
@@ -353,7 +375,3 @@ def _is_index(func: Callable[..., Any], tensor: torch.Tensor) -> bool:
 def _bias_name(op: str, argument: str) -> str:
     biased = op == "linear" or op.startswith("conv")
     return "bias" if biased and argument == "2" else argument
-
-
-def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return list(model.named_modules())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 import random
 import sys
@@ -12,8 +13,26 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxsparse.graph.tree import modules_of
+
 SEED = 20240229
 """Where runs that are compared with each other start from."""
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Let the garbage collector rest, and leave it as it was.
+
+    Many small objects that live on are made meanwhile, each of whose full collections would walk all that the process
+    holds. What is freed by reference counts is freed as ever.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager
@@ -67,7 +86,7 @@ def seeded(seed: int) -> Iterator[None]:
 @contextmanager
 def mode_of(model: nn.Module, training: bool) -> Iterator[None]:
     """Set the training flag of every module of `model`, without calling `train`, and restore each on leaving."""
-    before = [(module, module.training) for module in model.modules()]
+    before = [(module, module.training) for _, module in modules_of(model)]
     try:
         for module, flag in before:
             if flag is not training:

@@ -10,14 +10,16 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx.proxy import TraceError
+from torch.fx.immutable_collections import immutable_dict
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils import parametrize
 
 from fxsparse.graph.captured import CapturedModule, SignatureCodeGen
+from fxsparse.graph.culprits import readers_between
 from fxsparse.graph.guards import NOTHING, Untraceable, noticing_modes, refusing_contexts, unchanged
 from fxsparse.graph.scopes import mode_of, preserved_rng, rng_fingerprint
+from fxsparse.graph.trace_errors import why_untraceable
 
 INHERITED = (
     "train",
@@ -38,17 +40,8 @@ INHERITED = (
     "zero_grad",
 )
 """Overrides that stay in force where a captured module inherits from the class."""
-_OVERRIDES = (
-    *INHERITED,
-    "__call__",
-    "__getattr__",
-    "__setattr__",
-    "__deepcopy__",
-    "__getstate__",
-    "__setstate__",
-    "__reduce__",
-    "__reduce_ex__",
-)
+_COPYING = ("__deepcopy__", "__getstate__", "__setstate__", "__reduce__", "__reduce_ex__")
+_OVERRIDES = (*INHERITED, "__call__", "__getattr__", "__setattr__", *_COPYING)
 _GRAPH_NAMES = frozenset(dir(CapturedModule)) - frozenset(dir(nn.Module)) | {"_graph", "_origin", "_code", "meta"}
 
 
@@ -107,43 +100,58 @@ def is_compiled(module: nn.Module) -> bool:
     return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
 
 
-def trace(module: nn.Module) -> Trace:
+def trace(module: nn.Module, absent: Collection[str] = ()) -> Trace:
     """Trace `module` if one graph is right for every input, in train and in eval mode.
 
     `module` is run on symbolic values; its attributes and all global state are restored afterwards.
+
+    Args:
+        module: the module.
+        absent: arguments of its forward without a default that are None in calls that must be right too.
 
     Raises:
         Untraceable: with the reason and the mend.
     """
     check_root(module)
     read: set[str] = set()
-    with mode_of(module, False), noticing_modes(read):
+    readers: list[nn.Module] = []
+    with mode_of(module, False), noticing_modes(read, readers.append):
         evaluation = _trace_once(module)
     if "training" in read or _hides_its_mode(module):
-        with mode_of(module, True):
+        with mode_of(module, True), noticing_modes(set(), readers.append):
             training = _trace_once(module)
-        if _canonical(training.graph, {}) != _canonical(evaluation.graph, {}):
+        if _canonical(evaluation.graph, {}) != _canonical(training.graph, {}):
             raise Untraceable(
                 "its graph differs between train and eval mode (it reads `self.training`)",
                 "use modules such as nn.Dropout instead of `F.dropout(training=self.training)`",
+                readers_between(module, evaluation.graph, training.graph, readers),
             )
     if "gradients" in read:
         with mode_of(module, False), torch.set_grad_enabled(not torch.is_grad_enabled()):
             other = _trace_once(module)
         if _canonical(other.graph, {}) != _canonical(evaluation.graph, {}):
             raise Untraceable("its graph differs with and without gradients (it reads torch.is_grad_enabled)", NOTHING)
-    _check_optional_arguments(module, evaluation.graph)
+    _check_optional_arguments(module, evaluation.graph, absent)
     for node in evaluation.graph.nodes:
         node.type = None
     evaluation.graph.set_codegen(SignatureCodeGen(inspect.signature(inspect.unwrap(type(module).forward))))
     return evaluation
 
 
-def trace_key(module: nn.Module) -> Hashable:
+def trace_key(module: nn.Module, known: dict[Hashable, int] | None = None) -> Hashable:
     """Equal for two modules exactly when their traces are: the same code over the same names, shapes and attributes.
 
     Attributes that are no numbers, strings or tuples of them count by identity.
+
+    Args:
+        module: the module.
+        known: what earlier calls made; keys are comparable where they were made with the same one, while the modules
+            live and stay as they are.
     """
+    known = {} if known is None else known
+    present = ("module", id(module))
+    if present in known:
+        return known[present]
     attributes = tuple(
         (name, type(value), value if _is_plain(value) else id(value))
         for name, value in module.__dict__.items()
@@ -154,8 +162,9 @@ def trace_key(module: nn.Module) -> Hashable:
         for table in (module._parameters, module._buffers)
         for name, tensor in table.items()
     )
-    children = tuple((name, child and trace_key(child)) for name, child in module._modules.items())
-    return type(module), attributes, tensors, children
+    children = tuple((name, child and trace_key(child, known)) for name, child in module._modules.items())
+    known[present] = known.setdefault((type(module), attributes, tensors, children), len(known))
+    return known[present]
 
 
 _TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training")
@@ -201,6 +210,9 @@ class _Tracer(fx.Tracer):
         return is_leaf(m) or is_layer(m)
 
     def create_arg(self, a: Any) -> Any:
+        if isinstance(a, dict) and type(a) not in (dict, immutable_dict):
+            kind = type(a).__name__
+            raise Untraceable(f"it makes a mapping of type {kind}, which a graph would turn into a dict", NOTHING)
         if isinstance(a, torch.Tensor) and not isinstance(a, nn.Parameter) and a not in self.tensor_attrs:
             if not any(a is buffer for buffer in self.root.buffers()):
                 raise Untraceable(
@@ -223,11 +235,9 @@ def check_root(module: nn.Module, kept: Collection[str] = ()) -> None:
     kind = type(module)
     if "forward" in module.__dict__:
         raise Untraceable("`forward` was replaced on the instance", "override it in a subclass")
-    for name in _OVERRIDES:
-        if name in kept:
-            continue
-        if inspect.getattr_static(kind, name, None) is not inspect.getattr_static(nn.Module, name, None):
-            raise Untraceable(f"its class overrides `{name}`, which a graph would lose", NOTHING)
+    overridden = next((name for name in _overridden(kind) if name not in kept), None)
+    if overridden is not None:
+        raise Untraceable(f"its class overrides `{overridden}`, which a graph would lose", NOTHING)
     if parametrize.is_parametrized(module):
         raise Untraceable("it is parametrized", "remove the parametrizations before, then add them again")
     if is_compiled(module) or isinstance(module, torch.jit.ScriptModule):
@@ -236,6 +246,21 @@ def check_root(module: nn.Module, kept: Collection[str] = ()) -> None:
     clash = sorted(_GRAPH_NAMES.intersection(owned)) if not isinstance(module, fx.GraphModule) else []
     if clash:
         raise Untraceable(f"its attribute `{clash[0]}` is a name that fx.GraphModule needs", "rename the attribute")
+
+
+def _overridden(kind: type[nn.Module]) -> tuple[str, ...]:
+    """Methods of nn.Module that a class replaces; how torch's own layers are copied is nothing that a graph loses."""
+    owners = {name: _owner(kind, name) for name in _OVERRIDES}
+    return tuple(
+        name
+        for name, owner in owners.items()
+        if owner not in (None, nn.Module, object)
+        and not (name in _COPYING and str(owner.__module__).startswith("torch.nn.modules."))
+    )
+
+
+def _owner(kind: type, name: str) -> type | None:
+    return next((base for base in kind.__mro__ if name in base.__dict__), None)
 
 
 def _trace_once(module: nn.Module, concrete: dict[str, Any] | None = None) -> Trace:
@@ -247,10 +272,8 @@ def _trace_once(module: nn.Module, concrete: dict[str, Any] | None = None) -> Tr
                 graph = tracer.trace(module, concrete_args=concrete)
         except Untraceable:
             raise
-        except TraceError as error:
-            raise Untraceable(f"control flow on a traced value ({_first_line(error)})", NOTHING) from error
         except Exception as error:  # user code may fail in any way on a symbolic value
-            raise Untraceable(f"{type(error).__name__}: {_first_line(error)}", NOTHING) from error
+            raise Untraceable(*why_untraceable(error)) from error
         if rng_fingerprint() != before:
             raise Untraceable("it draws random numbers in Python code", "draw them with torch functions of an input")
     for node in graph.nodes:
@@ -259,22 +282,19 @@ def _trace_once(module: nn.Module, concrete: dict[str, Any] | None = None) -> Tr
     return Trace(graph, tuple(dict.fromkeys(tracer.assumptions)))
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-
-
-def _check_optional_arguments(module: nn.Module, graph: fx.Graph) -> None:
+def _check_optional_arguments(module: nn.Module, graph: fx.Graph, absent: Collection[str]) -> None:
     """`x is None` cannot be seen on a proxy: the graph must not depend on whether an optional argument is given."""
-    optional = [node.target for node in graph.nodes if node.op == "placeholder" and node.args == (None,)]
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    optional = [node.target for node in placeholders if node.args == (None,) or node.target in absent]
     groups = [optional] if len(optional) < 2 else [optional, *([name] for name in optional)]
     for names in groups if optional else []:
-        absent = dict.fromkeys(map(str, names))
+        given = dict.fromkeys(map(str, names))
         try:
             with mode_of(module, False):
-                other = _trace_once(module, dict(absent))
+                other = _trace_once(module, dict(given))
         except Untraceable:
             other = None
-        if other is None or _canonical(graph, absent) != _canonical(other.graph, absent):
+        if other is None or _canonical(graph, given) != _canonical(other.graph, given):
             raise Untraceable(
                 f"its graph depends on whether the optional argument `{names[0]}` is given",
                 "give the two cases a module each, or leave it: its submodules become graphs",

@@ -67,13 +67,15 @@ def fold_effective(module: nn.Module, attribute: str) -> dict[str, Tensor] | Non
     """
     weight = module._parameters[attribute]
     assert weight is not None
-    values = torch.where(mask_of(module, attribute), weight.detach(), 0.0)
+    mask = mask_of(module, attribute)
+    values = torch.where(mask, weight.detach(), 0.0)
     gain = _gain(module, attribute)
     if isinstance(module, parametrize.ParametrizationList):
         if not all(keeps_zeros(step) for step in module):
             return None
         if gain is None:
-            return {attribute: values}
+            nothing = not mask.is_meta and not bool(mask.any())  # a norm of 0 divides 0 by 0
+            return None if nothing else {attribute: values}
     elif gain is None:
         return None
     scale, dim = gain

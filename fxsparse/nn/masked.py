@@ -41,10 +41,18 @@ def check_mask(name: str, weight: Tensor, spec: MaskSpec, mask: object, row_orde
     if mask.shape != weight.shape:
         shape = tuple(weight.shape)
         raise ConfigError(f"the mask of `{name}` (={tuple(mask.shape)}) must have the shape of the weight, {shape}")
+    check_pattern(name, weight, spec, row_order)
     try:
-        spec.pattern.units(weight.shape, spec.layout, row_order)
         if not mask.is_meta and not bool(mask.all()):
             spec.pattern.check(mask, spec.layout, row_order)
+    except ConfigError as error:
+        raise ConfigError(f"the mask of `{name}` does not fit: {error}") from error
+
+
+def check_pattern(name: str, weight: Tensor, spec: MaskSpec, row_order: Tensor | None = None) -> None:
+    """Raise ConfigError unless the pattern fits the weight."""
+    try:
+        spec.pattern.units(weight.shape, spec.layout, row_order)
     except ConfigError as error:
         raise ConfigError(f"the mask of `{name}` does not fit: {error}") from error
 
@@ -80,8 +88,10 @@ def install_mask(
     if hasattr(module, mask_name(attribute)):
         raise ConfigError(f"`{mask_name(attribute)}` of {type(module).__name__} is taken; rename that attribute")
     buffer = torch.ones_like(parameter, dtype=torch.bool, requires_grad=False)  # the weight's strides, for its kernels
-    check_mask(attribute, parameter, spec, buffer if mask is None else mask, row_order)
-    if mask is not None:
+    if mask is None:
+        check_pattern(attribute, parameter, spec, row_order)
+    else:
+        check_mask(attribute, parameter, spec, mask, row_order)
         buffer.copy_(mask)
     if not slots_of(module):
         module.__dict__[SLOTS] = {}
@@ -96,7 +106,8 @@ def install_mask(
     if row_order is not None:
         _register_row_order(module, attribute, row_order)
     bind_guard(module, attribute)
-    zero_dead_(module, attribute)
+    if mask is not None:
+        zero_dead_(module, attribute)
 
 
 def remove_mask(module: nn.Module, attribute: str) -> None:

@@ -164,7 +164,7 @@ def tie_masks(model: nn.Module) -> None:
     Raises:
         ConfigError: two names carry different masks; nothing has changed then.
     """
-    groups = [places for places in _places(model) if _masked_owners(places)]
+    groups = [places for places in _places(model) if len(places) > 1 and _masked_owners(places)]
     chosen = [_common_mask(places) for places in groups]
     for places, mask in zip(groups, chosen, strict=True):
         owners = _masked_owners(places)

@@ -34,8 +34,9 @@ class FoldMasks(Pass):
     3. A sparse module: the plain torch module with the same contents.
     4. A mask of an effective weight that values of the parameters can express (weight norm, spectral norm): they are
        written. A slice of a weight norm without alive entries gets g = 0 and v = 1, because 0 / 0 has no value.
-    5. A mask of an effective weight that no values can express (weight standardisation, an orthogonal map): it stays,
-       `masked_weights` goes on naming it, and the record says so.
+    5. A mask of an effective weight that no values can express (weight standardisation, an orthogonal map, a spectral
+       norm without alive entries, which would divide 0 by 0): it stays, `masked_weights` goes on naming it, and the
+       record says so.
     6. Any other mask: the buffer and the hooks go.
 
     Gradients of dead entries, which the masks hid, are dense afterwards, and so are those of the g of a slice without

@@ -182,6 +182,7 @@ class Pass(abc.ABC):
     def _edit(self, clone: nn.Module) -> tuple[bool, tuple[Record, ...]]:
         present = frozenset(node for found in graphs_of(clone).values() for node in found.graph.nodes)
         dead = frozenset(node for node in present if not node.users)
+        written = {path: _lines(found.graph) for path, found in graphs_of(clone).items()}
         records: list[Record] = []
         token = _records.set(records)
         try:
@@ -190,6 +191,8 @@ class Pass(abc.ABC):
             _records.reset(token)
         for path, found in graphs_of(clone).items():
             _tidy(path, found, present, dead)
+            if not _same(written.get(path, []), _lines(found.graph)):
+                found.recompile()
         return claimed, tuple(records)
 
     def _check_untouched(self, module: nn.Module, before: Snapshot) -> None:
@@ -235,7 +238,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _tidy(path: str, module: fx.GraphModule, present: frozenset[fx.Node], dead: frozenset[fx.Node]) -> None:
-    """Dead code, lint, recompile; nodes born since `present` must be stamped, those `dead` already are left alone."""
+    """Dead code and lint; nodes born since `present` must be stamped, those `dead` already are left alone."""
     for node in reversed(list(module.graph.nodes)):
         if not node.users and node not in dead and not edit.is_impure(node):
             edit.erase(node)
@@ -246,7 +249,18 @@ def _tidy(path: str, module: fx.GraphModule, present: frozenset[fx.Node], dead: 
                 f"node `{node.name}` of {where} was born without provenance; make nodes with `fxsparse.graph.edit`"
             )
     edit.lint(module)
-    module.recompile()
+
+
+def _lines(graph: fx.Graph) -> list[tuple[object, ...]]:
+    """All of a graph that its code depends on."""
+    nodes = ((n, n.name, n.op, n.target, n.args, n.kwargs, n.type) for n in graph.nodes)
+    return [(graph, graph._codegen), *nodes]
+
+
+def _same(before: list[tuple[object, ...]], after: list[tuple[object, ...]]) -> bool:
+    if len(before) != len(after):
+        return False
+    return all(a is b for old, new in zip(before, after, strict=True) for a, b in zip(old, new, strict=True))
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-from fxsparse.errors import ConfigError, PassError
+from fxsparse.errors import PassError
 from fxsparse.graph import edit
-from fxsparse.nn import Guard, Route, install_mask, mask_name, mask_spec, masked_weight
-from fxsparse.passes.places import owner_of, split_name
+from fxsparse.nn import Guard, Route, mask_name, masked_weight
+from fxsparse.passes.places import split_name
 from fxsparse.passes.snapshot import graphs_of
 from fxsparse.passes.spec_pass import SpecPass
-from fxsparse.passes.structure import check_same_names
 
 
 class InsertMasks(SpecPass):
@@ -27,22 +26,12 @@ class InsertMasks(SpecPass):
 
     def requires(self, module: nn.Module) -> None:
         """Each target is a parameter without a mask, and each spec belongs to this route."""
-        for name, spec in self.specs.items():
-            owner, attribute = owner_of(module, name)
-            if spec.route is not Route.MASK_NODE or spec.guard is not Guard.FORWARD:
-                raise ConfigError(f"`route` of `{name}` (={spec.route}) must be Route.MASK_NODE with Guard.FORWARD")
-            if mask_spec(owner, attribute) is not None:
-                raise ConfigError(f"`{name}` has a mask already")
+        self.check_unmasked(module, Route.MASK_NODE, Guard.FORWARD)
 
     def call(self, module: nn.Module) -> bool:
         """Install and insert, in the order of the targets."""
         reads = _reads(module) if self.specs else {}
-        for name, spec in self.specs.items():
-            owner, attribute = owner_of(module, name)
-            if mask_spec(owner, attribute) is not None:  # one module under several names
-                self.record(name, "masked under another name of its module")
-                continue
-            install_mask(owner, attribute, spec)  # case 1
+        for name, spec, owner, attribute in self.install(module):  # case 1
             count = sum(self._insert(found, read, name) for found, read in reads.get((id(owner), attribute), ()))
             if count == 0:
                 raise PassError(f"`{name}` is read by no graph; mask it at the parameter")
@@ -66,10 +55,6 @@ class InsertMasks(SpecPass):
         )
         edit.replace_uses(read, masked)  # case 2
         return 1
-
-    def ensures(self, before: nn.Module, after: nn.Module) -> None:
-        """Same parameters under the same names; of the buffers, only masks are new."""
-        check_same_names(before, after, [mask_name(name) for name in self.specs])
 
 
 def _reads(module: nn.Module) -> dict[tuple[int, str], list[tuple[fx.GraphModule, fx.Node]]]:

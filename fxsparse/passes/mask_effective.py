@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-from fxsparse.errors import ConfigError, PassError
+from fxsparse.errors import PassError
 from fxsparse.graph import edit, weight_uses
 from fxsparse.graph.derivations import KEEPS_ZEROS, PRODUCTS, mask_place
 from fxsparse.graph.match import op_name
-from fxsparse.nn import Route, install_mask, mask_effective, mask_name, mask_spec, masked_weight
-from fxsparse.passes.places import owner_of
+from fxsparse.nn import Guard, Route, mask_effective, mask_name, masked_weight
 from fxsparse.passes.snapshot import graphs_of
 from fxsparse.passes.spec_pass import SpecPass
-from fxsparse.passes.structure import check_same_names
 
 
 class MaskEffective(SpecPass):
@@ -30,22 +28,12 @@ class MaskEffective(SpecPass):
 
     def requires(self, module: nn.Module) -> None:
         """Each target is a parameter without a mask, and each spec belongs to this route."""
-        for name, spec in self.specs.items():
-            owner, attribute = owner_of(module, name)
-            if spec.route is not Route.EFFECTIVE:
-                raise ConfigError(f"`route` of `{name}` (={spec.route}) must be Route.EFFECTIVE")
-            if mask_spec(owner, attribute) is not None:
-                raise ConfigError(f"`{name}` has a mask already")
+        self.check_unmasked(module, Route.EFFECTIVE, Guard.GRADIENT)
 
     def call(self, module: nn.Module) -> bool:
         """Install, insert or hook, in the order of the targets."""
         chains = _chains(module) if self.specs else {}
-        for name, spec in self.specs.items():
-            owner, attribute = owner_of(module, name)
-            if mask_spec(owner, attribute) is not None:  # one module under several names
-                self.record(name, "masked under another name of its module")
-                continue
-            install_mask(owner, attribute, spec)  # case 1
+        for name, spec, owner, attribute in self.install(module):  # case 1
             ends = chains.get(id(owner._parameters[attribute]))
             for end, (found, read) in (ends or {}).items():  # case 2
                 self._insert(found, end, read, name)
@@ -78,10 +66,6 @@ class MaskEffective(SpecPass):
             after=mask,
         )
         edit.replace_uses(end, masked)
-
-    def ensures(self, before: nn.Module, after: nn.Module) -> None:
-        """Same parameters under the same names; of the buffers, only masks are new."""
-        check_same_names(before, after, [mask_name(name) for name in self.specs])
 
 
 def _chains(module: nn.Module) -> dict[int, dict[fx.Node, tuple[fx.GraphModule, fx.Node]]]:

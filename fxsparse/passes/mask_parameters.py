@@ -5,10 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from fxsparse.errors import ConfigError
-from fxsparse.nn import Guard, Route, install_mask, mask_name, mask_spec, set_guard
+from fxsparse.nn import Guard, Route, install_mask, mask_spec, set_guard
 from fxsparse.passes.places import owner_of
 from fxsparse.passes.spec_pass import SpecPass
-from fxsparse.passes.structure import check_same_names
 
 
 class MaskParameters(SpecPass):
@@ -50,7 +49,3 @@ class MaskParameters(SpecPass):
             else:
                 self.record(name, "guarded already: one module under several names")
         return modified
-
-    def ensures(self, before: nn.Module, after: nn.Module) -> None:
-        """Same parameters under the same names; of the buffers, only masks are new."""
-        check_same_names(before, after, [mask_name(name) for name in self.specs])

@@ -39,7 +39,8 @@ class Derivation:
 
     Attributes:
         role: What the parameter is to the weight.
-        by: What computes it, for messages; "" where the weight is the parameter.
+        by: What computes it, for messages: where it is masked behind, that very operation; "" where the weight is the
+            parameter.
         holder: Path of the module whose tensor is computed, with the tensor's name; None unless it is parametrized.
         keeps: Whether zeros of the parameter are zeros of the weight already.
     """
@@ -83,7 +84,8 @@ def derivation(
         return Derivation(Role.PART, by, keeps=False)
     masked = all(_fits(usage, shape, in_graph) for usage in lossy)
     if masked and (in_graph or _masked_in_forward(model, owners, shape, usages)):
-        return Derivation(Role.EFFECTIVE, by, keeps=False)
+        behind = dict.fromkeys(f"`{usage.derived[_place(usage, shape)]}`" for usage in lossy)
+        return Derivation(Role.EFFECTIVE, ", ".join(behind), keeps=False)
     return Derivation(Role.LOST, by, keeps=False)
 
 
@@ -95,6 +97,13 @@ def _fits(usage: Usage, shape: tuple[int, ...], in_graph: bool) -> bool:
     if usage.seen is None or usage.seen == shape:
         return True
     return place < end and _numel(usage.seen) == _numel(shape)
+
+
+def _place(usage: Usage, shape: tuple[int, ...]) -> int:
+    """Behind which operation of the chain the mask goes, of one that fits."""
+    place = mask_place(usage.derived, shape)
+    assert place is not None
+    return place
 
 
 def _numel(shape: Sequence[int]) -> int:

@@ -128,29 +128,33 @@ class Plan:
         """
         return self.carry_out(inplace, Equality(self.origin, self.example_inputs, verify))
 
-    def carry_out(self, inplace: bool, equality: Equality, *, explain: bool = True) -> nn.Module:
+    def carry_out(self, inplace: bool, equality: Equality, *, consume: bool = False) -> nn.Module:
         """`apply` with a comparison that is prepared already.
 
         Args:
             inplace: as in `apply`.
             equality: the comparison.
-            explain: whether an error names the pass that broke its contract, which runs the passes once more.
+            consume: whether to edit the captured module itself, with which the plan is used up. Else an error names
+                the pass that broke its contract, which runs the passes once more.
 
         Raises:
             PassError: a rewrite broke its contract.
         """
         names = [name for name, _ in self.origin.named_parameters(remove_duplicate=False)]
-        result = structural_clone(self.captured) if inplace else isolated_clone(self.captured, copied=names)
+        if consume:
+            result = self.captured
+        else:
+            result = structural_clone(self.captured) if inplace else isolated_clone(self.captured, copied=names)
         try:
             for each in self._passes():
                 if each.targets:
                     each.rewrite(result)
             tie_masks(result)
-            check_same_state(self.captured, result)
+            check_same_state(self.origin if consume else self.captured, result)
             equality.check(result)
         except PassError as error:
             release_masks(result)
-            if explain:
+            if not consume:
                 self.pipeline()(isolated_clone(self.captured), self.example_inputs)  # the pass that broke it raises
             raise PassError(f"transform: {error}") from error
         set_masks(result, self._initial_masks(result))
@@ -260,9 +264,15 @@ class Options:
 
 
 def decide(
-    model: nn.Module, example_inputs: Any, options: Options, *, compare: bool = True, known: Capture | None = None
+    model: nn.Module,
+    example_inputs: Any,
+    options: Options,
+    *,
+    compare: bool = True,
+    known: Capture | None = None,
+    copied: bool = False,
 ) -> tuple[Plan, Capture]:
-    """`plan`, with the capture that it rests on; `compare` and `known` are those of `capture`.
+    """`plan`, with the capture that it rests on; `compare`, `known` and `copied` are those of `capture`.
 
     Raises:
         ConfigError, CaptureError, DataError: as `plan`.
@@ -271,7 +281,8 @@ def decide(
     check_sparsity(sparsity)
     check_options(pattern, options.distribution, options.fisher)
     check_model(model)
-    captured = capture(model, example_inputs, compare=compare, specialize=options.specialize, known=known)
+    special = options.specialize
+    captured = capture(model, example_inputs, compare=compare, specialize=special, known=known, copied=copied)
     weights = describe_weights(model, captured)
     chosen = choose(model, weights, options.include, options.exclude)
     check_values([weight for weight in weights if weight.name in chosen], sparsity)

@@ -93,7 +93,7 @@ def refusal(found: Found, owners: Mapping[str, tuple[nn.Module, str]]) -> str | 
             return f"its module has an attribute `{mask_name(attribute)}` already; rename that attribute"
     if found.derived.role is Role.LOST:
         return (
-            f"{found.derived.by} makes other values of its zeros before it is used, in code where no mask can go "
+            f"{found.derived.by} may make other values of its zeros before it is used, in code where no mask can go "
             "behind it; compute the weight in a module of its own that holds the parameter, or leave it dense"
         )
     return None
@@ -137,7 +137,7 @@ def _by_use(found: Found) -> tuple[bool, bool, str]:
         return _by_product(found)
     if not recorded and not found.usages:
         return False, False, f"its uses are not known; give `example_inputs`, or {ASK}"
-    kinds = ", ".join(dict.fromkeys(usage.op for usage in found.usages)) or "nothing in the example run"
+    kinds = ", ".join(dict.fromkeys(usage.op for usage in found.usages)) or "no operation of the example run"
     return False, False, f"used by {kinds}; {ASK}"
 
 

@@ -17,6 +17,7 @@ from fxsparse.planning.reasons import ASK, Found, as_used, by_default, layout_of
 from fxsparse.planning.usage import Usage, usages_of
 from fxsparse.sparsity import Layout
 
+REPLACED = "`forward` replaces this parameter by a new one; create it in `__init__`, or run the model once before"
 WRITTEN = "the forward pass writes into it, also at dead entries, which only readers through the mask see as zeros"
 
 
@@ -77,6 +78,8 @@ def describe_weights(model: nn.Module, captured: Capture) -> list[Weight]:
             if called:
                 reason = f"`{called[0]}` runs without reading it; {ASK}"
                 weight = replace(weight, default=False, fallback=False, reason=reason)
+        if recording is not None and name in recording.replaced:
+            weight = replace(weight, default=False, fallback=False, refusal=weight.refusal or REPLACED)
         if recording is not None and name in recording.written:
             weight = replace(weight, reason=f"{weight.reason}; {WRITTEN}")
         found.append(weight)
@@ -88,21 +91,23 @@ class _Graphs:
 
     def __init__(self, module: nn.Module) -> None:
         self.calls: dict[str, list[str]] = {}
-        self.reads: dict[int, set[str]] = {}
+        self.reads: dict[str, set[str]] = {}  # by first name
         self.read_names: set[str] = set()
+        self.holders: dict[str, str | None] = {}
+        first = {id(parameter): name for name, parameter in module.named_parameters()}
         for path, found in graphs_of(module).items():
             calls = [node.target for node in found.graph.nodes if node.op == "call_module"]
             self.calls[path] = [join(path, str(target)) for target in calls]
             parameters = dict(found.named_parameters(remove_duplicate=False))
             for node in found.graph.nodes:
                 if node.op == "get_attr" and str(node.target) in parameters:
-                    self.reads.setdefault(id(parameters[str(node.target)]), set()).add(path)
+                    self.reads.setdefault(first[id(parameters[str(node.target)])], set()).add(path)
                     self.read_names.add(join(path, str(node.target)))
 
-    def runs(self, module: str, parameter: nn.Parameter) -> bool:
-        """Whether the code of the module at this path runs in a graph that reads the parameter."""
+    def runs(self, module: str, name: str) -> bool:
+        """Whether the code of the module at this path runs in a graph that reads the parameter of this first name."""
         path = self._holder(module)
-        return path is not None and path in self.reads.get(id(parameter), ())
+        return path is not None and path in self.reads.get(name, ())
 
     def tell_all(self, owner: str) -> bool:
         """Whether the graphs tell every reader of the weight of the module at this path."""
@@ -111,6 +116,11 @@ class _Graphs:
 
     def _holder(self, module: str) -> str | None:
         """Path of the graph in which the code of the module at this path runs; None when it is Python."""
+        if module not in self.holders:
+            self.holders[module] = self._found_holder(module)
+        return self.holders[module]
+
+    def _found_holder(self, module: str) -> str | None:
         holders = [path for path in self.calls if _below(module, path)]
         path = max(holders, key=len, default=None)
         if path is None or any(_below(module, call) for call in self.calls[path]):
@@ -128,11 +138,11 @@ def _describe(
     owners = {name: owner_of(model, name) for name in names}
     parameter = model.get_parameter(names[0])
     layers = {name for name, (module, attribute) in owners.items() if _swappable(name, module, attribute)}
-    in_graph = bool(usages) and all(graphs.runs(usage.module, parameter) for usage in usages)
+    in_graph = bool(usages) and all(graphs.runs(usage.module, names[0]) for usage in usages)
     derived = derivation(model, owners, parameter, usages, in_graph)
     found = Found(parameter, as_used(model, owners, derived), tuple(usages), recorded, derived)
     default, fallback, reason = by_default(found)
-    routes, where = _routes(parameter, names, layers, usages, graphs)
+    routes, where = _routes(names, layers, usages, graphs)
     if derived.role is Role.EFFECTIVE:
         at_parameter = (Route.PARAMETER, Guard.GRADIENT)
         first = next((name for name in names if name in graphs.read_names), names[0]) if in_graph else names[0]
@@ -159,13 +169,13 @@ def _swappable(name: str, module: nn.Module, attribute: str) -> bool:
 
 
 def _routes(
-    parameter: nn.Parameter, names: Sequence[str], layers: set[str], usages: Sequence[Usage], graphs: _Graphs
+    names: Sequence[str], layers: set[str], usages: Sequence[Usage], graphs: _Graphs
 ) -> tuple[dict[str, tuple[Route, Guard]], str]:
     paths = {split_name(name)[0] for name in layers}
     outside = [usage for usage in usages if not (usage.module in paths and usage.plain)]
     at_parameter = (Route.PARAMETER, Guard.GRADIENT)
     if layers:
-        guarded = bool(outside) or len(layers) < len(names) or id(parameter) in graphs.reads
+        guarded = bool(outside) or len(layers) < len(names) or names[0] in graphs.reads
         unseen = not usages and not all(graphs.tell_all(path) for path in paths)
         guard = Guard.GRADIENT if guarded or unseen else Guard.FORWARD
         where = "it is read outside its module too" if guarded else "its module reads it masked"
@@ -173,7 +183,7 @@ def _routes(
             where = "who else reads it is not known"
         return {name: (Route.MODULE, guard) if name in layers else at_parameter for name in names}, where
     read = [name for name in names if name in graphs.read_names]
-    if read and all(graphs.runs(usage.module, parameter) for usage in usages):
+    if read and all(graphs.runs(usage.module, names[0]) for usage in usages):
         inserted = (Route.MASK_NODE, Guard.FORWARD)
         if len(read) == len(names):
             return dict.fromkeys(names, inserted), "the graph reads it masked"

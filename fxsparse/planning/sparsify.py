@@ -11,6 +11,7 @@ from torch import nn
 
 from fxsparse.errors import ConfigError, PassError
 from fxsparse.graph import isolated_clone, specialisation
+from fxsparse.graph.scopes import collector_paused
 from fxsparse.nn import MaskedWeight, SparseModule, mask_spec, masked_weights
 from fxsparse.passes import FoldMasks, Verify
 from fxsparse.planning.equality import Equality, release_masks
@@ -73,15 +74,15 @@ def transform(
     if not isinstance(verify, Verify):
         raise ConfigError(f"`verify` (={verify!r}) must be Verify.QUICK or Verify.FULL")
     options = Options(sparsity, pattern, distribution, include, exclude, fisher, specialize)
-    planned, captured = decide(model, example_inputs, options, compare=False)
-    equality = Equality(model, example_inputs, verify, captured.reference)
-    if captured.compared:
-        return planned.carry_out(inplace, equality)
-    try:
-        return planned.carry_out(inplace, equality, explain=False)
-    except PassError:  # a graph or a pass: with graphs that were compared one by one it is the pass
-        planned, _ = decide(model, example_inputs, options, known=captured)
-        return planned.carry_out(inplace, equality)
+    with collector_paused():
+        copied = not inplace and not specialize  # a specialised graph is made by the identity of the tensors
+        planned, captured = decide(model, example_inputs, options, compare=False, copied=copied)
+        equality = Equality(model, example_inputs, verify, captured.reference)
+        try:
+            return planned.carry_out(inplace, equality, consume=inplace or copied)
+        except PassError:  # a graph or a pass: with graphs that were compared one by one it is the pass
+            planned, _ = decide(model, example_inputs, options, known=captured)
+            return planned.carry_out(inplace, equality)
 
 
 def finalize(model: nn.Module, *, inplace: bool = False) -> nn.Module:

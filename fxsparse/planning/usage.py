@@ -52,7 +52,7 @@ def usages_of(model: nn.Module, captured: Capture) -> dict[str, tuple[Usage, ...
         captured: Its capture.
     """
     found: dict[str, list[Usage]] = {}
-    equations = _graph_uses(model, captured)
+    equations = _graph_uses(captured)
     if captured.recording is None:
         return {name: _up_to_products(uses) for name, uses in equations.items()}
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -108,8 +108,8 @@ def _groups(use: Use) -> int:
     return max(shape[1 - len(use.weight_shape)] // max(use.weight_shape[1], 1), 1)
 
 
-def _graph_uses(model: nn.Module, captured: Capture) -> dict[str, list[Usage]]:
-    first = {id(parameter): name for name, parameter in model.named_parameters()}
+def _graph_uses(captured: Capture) -> dict[str, list[Usage]]:
+    first = {id(parameter): name for name, parameter in captured.module.named_parameters()}
     found: dict[str, list[Usage]] = {}
     for path, graph in graphs_of(captured.module).items():
         parameters = dict(graph.named_parameters(remove_duplicate=False))

@@ -16,7 +16,8 @@ class Masked(nn.Module):
         super().__init__()
         self.linear = nn.Linear(4, 4)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, masks: list[torch.Tensor | None]) -> torch.Tensor:
+        mask = masks[0]  # None on every call, which no symbolic value tells
         return self.linear(x) if mask is None else self.linear(x) * mask.shape[0]
 
 
@@ -39,7 +40,18 @@ class Root(nn.Module):
         x = self.middle(self.first(x))
         if float(x.detach().sum()) < -1e30:
             return x
-        return self.last(self.masked(x, None))
+        return self.last(self.masked(x, [None]))
+
+
+class Rebuilt(nn.ReLU):
+    def __reduce__(self) -> tuple[type[nn.Module], tuple[()]]:
+        return Rebuilt, ()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_module_that_is_rebuilt_keeps_its_mode(training: bool) -> None:
+    model = nn.Sequential(Rebuilt()).train(training)
+    assert isolated_clone(model)[0].training is training
 
 
 def test_a_copy_to_run_shares_the_graph_and_no_state() -> None:

@@ -311,3 +311,21 @@ def test_render_of_parts_and_diff() -> None:
     changed = [line for line in diff(module, after).splitlines() if line.startswith(("+ ", "- "))]
     assert any("negate: negates" in line and "%neg = torch.neg(%_1)" in line for line in changed)
     assert any("return %neg" in line for line in changed)
+
+
+class StandardisedInPlace(nn.Module):
+    """A weight that one operation reads twice: its values, and its shape only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.weight.flatten(1)
+        return F.conv1d(x, (flat - flat.mean(1, keepdim=True)).reshape_as(self.weight))
+
+
+def test_the_views_of_a_use_are_all_the_ways_to_it() -> None:
+    (use,) = weight_uses(fx.symbolic_trace(StandardisedInPlace()))
+    names = [getattr(view.target, "__name__", view.target) for view in use.views]
+    assert names == ["flatten", "mean", "sub", "reshape_as"]
