@@ -55,37 +55,38 @@ def by_gradient(sparsity: float, **options: object) -> RESU:
         "subset": TopGradient(0.2),
         "lengths": Lengths(0.8, 0.0, 0.2),
     }
-    return RESU(sparsity=sparsity, **(values | options))  # type: ignore[arg-type]  # checked by RESU itself
+    return RESU.frozen(sparsity, **(values | options))
 
 
 RECIPES: dict[str, Callable[[float], RESU]] = {
     "default": lambda s: RESU(sparsity=s),
+    "frozen": lambda s: RESU.frozen(s),
     "source": lambda s: RESU.source(s, cycle_steps=400, prune=fxsparse.sparsity.Magnitude()),
-    "score |w||g|": lambda s: RESU(sparsity=s, score=Taylor()),
-    "theta from 0": lambda s: RESU(sparsity=s, init=ThetaInit.ZERO),
-    "theta lr x 3": lambda s: RESU(sparsity=s, theta=ThetaAdamW(scale=3.0)),
-    "theta SGD .1": lambda s: RESU(sparsity=s, theta=ThetaSGD(lr=0.1)),
-    "theta selective .1": lambda s: RESU(sparsity=s, theta=Selective(lr=0.1)),
-    "budget .3 - .05": lambda s: RESU(sparsity=s, budget=(0.3, 0.05)),
-    "long RESU": lambda s: RESU(sparsity=s, lengths=Lengths(0.4, 0.1, 0.5)),
-    "short RESU": lambda s: RESU(sparsity=s, lengths=Lengths(0.8, 0.1, 0.1)),
-    "unfrozen": lambda s: RESU(sparsity=s, freeze_active=False),
-    "final .25": lambda s: RESU(sparsity=s, final_fraction=0.25),
-    "10 cycles": lambda s: RESU(sparsity=s, cycles=10),
-    "late": lambda s: RESU(sparsity=s, cycles=8, schedule=late(s)),
-    "late, short RESU": lambda s: RESU(sparsity=s, cycles=8, schedule=late(s), lengths=Lengths(0.75, 0.0, 0.25)),
-    "unfrozen, from 0": lambda s: RESU(sparsity=s, freeze_active=False, init=ThetaInit.ZERO),
-    "unfrozen, |w||g|": lambda s: RESU(sparsity=s, freeze_active=False, score=Taylor()),
-    "unfrozen, .3 - .05": lambda s: RESU(sparsity=s, freeze_active=False, budget=(0.3, 0.05)),
-    "unfrozen, 10 cycles": lambda s: RESU(sparsity=s, freeze_active=False, cycles=10),
-    "late, unfrozen": lambda s: RESU(sparsity=s, cycles=8, schedule=late(s), freeze_active=False, budget=(0.2, 0.02)),
-    "late, unfrozen, |w||g|": lambda s: RESU(
+    "score |w||g|": lambda s: RESU.frozen(s, score=Taylor()),
+    "theta from 0": lambda s: RESU.frozen(s, init=ThetaInit.ZERO),
+    "theta lr x 3": lambda s: RESU.frozen(s, theta=ThetaAdamW(scale=3.0)),
+    "theta SGD .1": lambda s: RESU.frozen(s, theta=ThetaSGD(lr=0.1)),
+    "theta selective .1": lambda s: RESU.frozen(s, theta=Selective(lr=0.1)),
+    "budget .3 - .05": lambda s: RESU.frozen(s, budget=(0.3, 0.05)),
+    "long RESU": lambda s: RESU.frozen(s, lengths=Lengths(0.4, 0.1, 0.5)),
+    "short RESU": lambda s: RESU.frozen(s, lengths=Lengths(0.8, 0.1, 0.1)),
+    "unfrozen": lambda s: RESU.frozen(s, freeze_active=False),
+    "final .25": lambda s: RESU.frozen(s, final_fraction=0.25),
+    "10 cycles": lambda s: RESU.frozen(s, cycles=10),
+    "late": lambda s: RESU.frozen(s, cycles=8, schedule=late(s)),
+    "late, short RESU": lambda s: RESU.frozen(s, cycles=8, schedule=late(s), lengths=Lengths(0.75, 0.0, 0.25)),
+    "unfrozen, from 0": lambda s: RESU.frozen(s, freeze_active=False, init=ThetaInit.ZERO),
+    "unfrozen, |w||g|": lambda s: RESU.frozen(s, freeze_active=False, score=Taylor()),
+    "unfrozen, .3 - .05": lambda s: RESU.frozen(s, freeze_active=False, budget=(0.3, 0.05)),
+    "unfrozen, 10 cycles": lambda s: RESU.frozen(s, freeze_active=False, cycles=10),
+    "late, unfrozen": lambda s: RESU.frozen(s, cycles=8, schedule=late(s), freeze_active=False, budget=(0.2, 0.02)),
+    "late, unfrozen, |w||g|": lambda s: RESU.frozen(
         sparsity=s, cycles=8, schedule=late(s), freeze_active=False, budget=(0.2, 0.02), score=Taylor()
     ),
-    "late, unfrozen, from 0": lambda s: RESU(
+    "late, unfrozen, from 0": lambda s: RESU.frozen(
         sparsity=s, cycles=8, schedule=late(s), freeze_active=False, budget=(0.2, 0.02), init=ThetaInit.ZERO
     ),
-    "late, by gradient, from 0": lambda s: RESU(
+    "late, by gradient, from 0": lambda s: RESU.frozen(
         sparsity=s, cycles=8, schedule=late(s), freeze_active=False, budget=(0.2, 0.02), init=ThetaInit.ZERO,
         subset=TopGradient(0.2), lengths=Lengths(0.8, 0.0, 0.2),
     ),
