@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fxsparse.comparison.cell import Cell, load, train
-from fxsparse.comparison.config import DENSE, Config
+from fxsparse.comparison.config import DENSE, Config, build
 from fxsparse.comparison.results import Arm, markdown, summarise_cells
 from fxsparse.data import Splits
 from fxsparse.errors import DataError
@@ -82,9 +82,9 @@ def run(
 
 
 def _options(config: Config, cell: Cell) -> str:
-    """What names a result besides the cell: its method's own options."""
-    arm = {} if cell.label == DENSE else config.methods[cell.label].model_dump(mode="json", exclude={"patterns"})
-    return hashlib.sha256(json.dumps(arm, sort_keys=True).encode()).hexdigest()[:8]
+    """What names a result besides the cell: the method with all of its settings, defaults too."""
+    method = "" if cell.label == DENSE else repr(build(config.methods[cell.label], cell.sparsity, cell.seed))
+    return hashlib.sha256(method.encode()).hexdigest()[:8]
 
 
 def _trained(

@@ -16,7 +16,7 @@ from fxsparse.comparison.cell import Cell, load, train
 from fxsparse.comparison.config import KINDS, build
 from fxsparse.comparison.page import write_page
 from fxsparse.comparison.results import markdown
-from fxsparse.comparison.runner import cells
+from fxsparse.comparison.runner import _options, cells
 from fxsparse.data import digits
 from fxsparse.errors import ConfigError, DataError
 from fxsparse.nn import ThetaInit
@@ -259,7 +259,19 @@ def test_files_that_cannot_be_read(tmp_path):
             run(config, PATTERNS)
 
 
-@pytest.mark.parametrize("name", ["compare_digits", "compare_fashion"])
-def test_shipped_configurations(name):
-    config = load_config(Path(__file__).resolve().parents[2] / "configs" / f"{name}.yaml")
-    assert len(config.run.seeds) >= 5 and "resu" in config.methods
+SHIPPED = sorted((Path(__file__).resolve().parents[2] / "configs").glob("compare_*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=[path.stem for path in SHIPPED])
+def test_shipped_configurations(path):
+    config = load_config(path)
+    assert len(config.run.seeds) >= 3 and any("resu" in label for label in config.methods)
+
+
+def test_a_result_is_named_by_all_settings_of_its_method(tmp_path):
+    """Else a default that has changed would pass off old numbers as its own."""
+    names = set()
+    for options in ({}, {"alpha": 0.3}, {"alpha": 0.2}, {"every": 7}):
+        config = parse_config(small(tmp_path, methods={"rigl": {"method": "RigL", "options": options}}))
+        names.add(_options(config, Cell("rigl", "unstructured", 0.8, 0)))
+    assert len(names) == 4 - (RigL(0.5).alpha in (0.2, 0.3))  # naming the default changes nothing
