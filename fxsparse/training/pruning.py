@@ -35,7 +35,8 @@ Masks = dict[str, tuple[Tensor, Tensor | None]]
 class Pruning(Method):
     """Base: a mask that `prune` sets once from scores; attached, it stays as it is.
 
-    Present masks are applied, and dead weights stay dead.
+    Present masks are applied, and dead weights stay dead; under `regroup` a row may take over its new group's
+    positions, at value 0.
 
     Attributes:
         distribution: How the sparsity is shared; one ranking of all weights by default.

@@ -47,7 +47,7 @@ class RESU(Method):
 
     In a RESU phase dead positions hold parameters theta, which are trained. COMMIT is a tournament of theta and the
     alive weights, in which a quota r is reserved for the resurrected (amnesty). PRUNE never revives, COMMIT keeps the
-    count. By default the sparsity is reached in the fourth of eight cycles, theta starts at 0 in the dead positions
+    count. By default the sparsity is reached in the third of eight cycles, theta starts at 0 in the dead positions
     with the largest gradient, the alive weights train beside it, and a final training has fixed masks: of the recipes
     in `benchmarks/resu_recipes.py` the one whose resurrection pays. `RESU.frozen()` freezes the alive weights instead
     and trains all dead positions; `RESU.source()` has the original's settings.
@@ -58,11 +58,11 @@ class RESU(Method):
 
     Attributes:
         cycles: Number C of cycles.
-        schedule: The sparsity of cycle c at progress c / (C - 1), C being `rise` where that is less: a class of
-            `SparsitySchedule`, or the list itself.
+        schedule: The sparsity of cycle c: a class of `SparsitySchedule`, at progress c / (C - 1), or min(1, (c + 1) / R)
+            where `rise` says so; or the list itself.
         initial_sparsity: Where the schedule starts.
-        rise: Cycles in which a schedule's class rises, at least 1; later ones exchange at the last sparsity. None, or
-            more than there are = all.
+        rise: Number R of the cycle, from 1, that reaches the last sparsity under a schedule's class; the cycles after it
+            exchange there. At most C counts; None = the first cycle is at `initial_sparsity`, the last at `sparsity`.
         lengths: Shares of the phases in a cycle.
         cycle_steps: Steps of a cycle; None = the cycles share what the final training leaves.
         final_fraction: Fraction of all steps that the final training takes, where `cycle_steps` is None.
@@ -86,7 +86,7 @@ class RESU(Method):
     cycles: int = 8
     schedule: Schedule = CubicSparsity
     initial_sparsity: float = 0.0
-    rise: int | None = 4
+    rise: int | None = 3
     lengths: Lengths = Lengths(0.8, 0.0, 0.2)
     cycle_steps: int | None = None
     final_fraction: float = 0.25
@@ -183,8 +183,11 @@ class RESU(Method):
         if isinstance(self.schedule, tuple):
             return self.schedule
         curve = self.schedule(self.initial_sparsity, self.sparsity, 0, 1)
-        rise = min(self.rise or self.cycles, self.cycles)
-        chosen = tuple(curve.at_cycle(min(cycle, rise - 1), rise) for cycle in range(self.cycles))
+        if self.rise is None:
+            chosen = tuple(curve.at_cycle(cycle, self.cycles) for cycle in range(self.cycles))
+        else:
+            reached = min(self.rise, self.cycles)
+            chosen = tuple(curve.at(min(1.0, (cycle + 1) / reached)) for cycle in range(self.cycles))
         if isinstance(self.pattern, NByM) and self.pattern.exact:
             return tuple(self.sparsity if value > 0 else 0.0 for value in chosen)
         return chosen

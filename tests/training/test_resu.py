@@ -89,17 +89,18 @@ def test_golden_sparsities(schedule):
     assert method.sparsities == pytest.approx(GOLDEN_SPARSITIES[schedule], abs=5e-6) and method.sparsities[-1] == 0.7
 
 
-def test_the_default_reaches_its_sparsity_in_the_fourth_cycle_and_exchanges_there():
+def test_the_default_reaches_its_sparsity_in_the_third_cycle_and_exchanges_there():
     method = RESU(sparsity=0.8).timed(3200)
-    rising = (0.0, 0.8 * 19 / 27, 0.8 * 26 / 27, 0.8)  # cubic, u = 0, 1/3, 2/3, 1
-    assert method.sparsities == pytest.approx((*rising, 0.8, 0.8, 0.8, 0.8), abs=1e-12)
+    rising = (0.8 * 19 / 27, 0.8 * 26 / 27, 0.8)  # cubic, u = 1/3, 2/3, 1
+    assert method.sparsities == pytest.approx((*rising, 0.8, 0.8, 0.8, 0.8, 0.8), abs=1e-12)
     assert [cycle.end for cycle in method.timeline.cycles] == [300 * i for i in range(1, 9)]  # a quarter is left
-    assert method.timeline.phases == 7 and method.timeline.cycles[0].sparsity is None
+    assert method.timeline.phases == 8
     third = method.timeline.cycles[3]
     assert (third.prune, third.enter, third.end) == (1140, 1140, 1200)  # no STABILIZE, a fifth for theta
-    assert [round(method.budget_at(j), 12) for j in range(7)] == [0.2, 0.17, 0.14, 0.11, 0.08, 0.05, 0.02]
-    assert RESU(sparsity=0.8, cycles=2).sparsities == (0.0, 0.8) and RESU(sparsity=0.8, cycles=1).sparsities == (0.8,)
-    assert RESU(sparsity=0.8, rise=None).sparsities == RESU(sparsity=0.8, rise=8).sparsities
+    assert [round(method.budget_at(j), 12) for j in (0, 7)] == [0.2, 0.02]
+    assert RESU(sparsity=0.8, cycles=2).sparsities == pytest.approx((0.7, 0.8), abs=1e-12)
+    assert RESU(sparsity=0.8, cycles=1).sparsities == (0.8,) and RESU(sparsity=0.8, rise=None).sparsities[0] == 0.0
+    assert RESU(sparsity=0.8, rise=99).sparsities == pytest.approx(RESU(sparsity=0.8, rise=8).sparsities, abs=0)
     assert RESU(sparsity=0.8, rise=1).sparsities == (0.8,) * 8
 
 
