@@ -58,10 +58,10 @@ class RESU(Method):
 
     Attributes:
         cycles: Number C of cycles.
-        schedule: The sparsity of cycle c: a class of `SparsitySchedule`, at progress c / (C - 1), or min(1, (c + 1) / R)
-            where `rise` says so; or the list itself.
+        schedule: The sparsity of cycle c: a class of `SparsitySchedule`, at progress min(1, (c + 1) / R), or
+            c / (C - 1) where `rise` is None; or the list itself.
         initial_sparsity: Where the schedule starts.
-        rise: Number R of the cycle, from 1, that reaches the last sparsity under a schedule's class; the cycles after it
+        rise: Number R of the cycle, from 1, that reaches the last sparsity under a schedule's class; later ones
             exchange there. At most C counts; None = the first cycle is at `initial_sparsity`, the last at `sparsity`.
         lengths: Shares of the phases in a cycle.
         cycle_steps: Steps of a cycle; None = the cycles share what the final training leaves.
