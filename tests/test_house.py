@@ -21,10 +21,11 @@ FLOORS: dict[str, set[str]] = {
     "planning": {"sparsity", "nn", "graph", "passes"},
     "testing": {"sparsity", "nn", "graph", "passes", "planning"},
     "training": {"sparsity", "nn"},
+    "curvature": {"sparsity", "nn", "graph", "passes", "planning", "training"},
     "models": set(),
     "data": set(),
     "exporters": {"sparsity", "nn", "graph", "passes", "planning"},
-    "lottery": {"sparsity", "nn", "graph", "passes", "planning", "training", "models", "data"},
+    "lottery": {"sparsity", "nn", "graph", "passes", "planning", "training", "curvature", "models", "data"},
     "report": set(),
     "comparison": {"sparsity", "nn", "graph", "passes", "planning", "training", "models", "data", "report"},
 }

@@ -30,6 +30,8 @@ def compare(
         values["run"]["workers"] = workers
         chosen = parse_config(values, str(config))
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)  # a file or a pipe: no number is cut
 
     def tell(cell: Cell, done: int, total: int) -> None:
         console.print(f"{done}/{total} {cell.key}", highlight=False)
@@ -39,7 +41,7 @@ def compare(
         write_page(arms, home / "comparison.html", chosen.run.name, chosen.compared)
     table = Table(title=chosen.run.name)
     for heading in columns(chosen.compared):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
     for row in lines(arms):
         table.add_row(*row)
     console.print(table)

@@ -27,7 +27,7 @@ PATTERNS: tuple[tuple[str, str, Callable[..., Pattern]], ...] = (
     (r"block:(\d+)x(\d+)", "block:4x4", lambda height, width: Block(int(height), int(width))),
     (r"channel(?::(\d+))?", "channel or channel:1", lambda axis: Channel(axis=int(axis or 0))),
     (r"constant-fan-in", "constant-fan-in", ConstantFanIn),
-    (r"shared-support:(\d+)", "shared-support:64", lambda group: SharedSupport(int(group))),
+    (r"shared(?:-support)?:(\d+)", "shared-support:64", lambda group: SharedSupport(int(group))),
 )
 PATTERN_HELP = ", ".join(example for _, example, _ in PATTERNS)
 DISTRIBUTIONS: dict[str, Callable[[], Distribution]] = {"uniform": Uniform, "erk": ERK, "global": Global}

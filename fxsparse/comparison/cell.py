@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,12 @@ from fxsparse.comparison.config import DENSE, Config, build
 from fxsparse.data import Splits, digits, idx_folder
 from fxsparse.errors import ConfigError
 from fxsparse.graph.accounting import count
-from fxsparse.nn import masks
+from fxsparse.nn import masked_weights, masks
 from fxsparse.planning import transform
 from fxsparse.sparsity import Pattern, generator
-from fxsparse.training import Handle, Initial, Method, Pruning, Static, attach, prune
+from fxsparse.sparsity.distribution import WeightSpec
+from fxsparse.training import Handle, Initial, Method, Pruning, ResuHandle, Static, attach, prune
+from fxsparse.training.initial import pattern_of
 from fxsparse.training.loop import evaluate
 
 CALIBRATION = 8  # batches that pruning at initialisation and one-shot pruning read
@@ -27,17 +30,28 @@ CALIBRATION = 8  # batches that pruning at initialisation and one-shot pruning r
 
 @dataclass(frozen=True)
 class Cell:
-    """One training; `label` is the arm's name in the configuration, or "dense"."""
+    """One training; `label` is the arm's name in the configuration, or "dense".
+
+    Attributes:
+        label: The arm's name.
+        pattern: Its pattern, in words.
+        sparsity: What is asked for.
+        seed: Weights, masks and order of the samples.
+        steps: Steps where they differ from the configuration's, to spend as many FLOPs as dense training; else None.
+    """
 
     label: str
     pattern: str
     sparsity: float
     seed: int
+    steps: int | None = None
 
     @property
     def key(self) -> str:
         """The name of its file."""
-        return f"{self.label}-{self.pattern.replace(':', '_')}-{self.sparsity:g}-{self.seed}"
+        label = quote(self.label, safe=" ")  # a label may hold what a file's name may not, such as the slash of AC/DC
+        steps = "" if self.steps is None else f"-{self.steps}"
+        return f"{label}-{self.pattern.replace(':', '_')}-{self.sparsity:g}-{self.seed}{steps}"
 
 
 def load(config: Config) -> Splits:
@@ -60,21 +74,18 @@ def train(config: Config, cell: Cell, pattern: Pattern | None, splits: Splits) -
     initialisation and all other methods have all steps for training.
 
     Returns:
-        Accuracies in [0, 1], the sparsity reached, `flops` (training FLOPs of the products of weights over those of
-        dense training), `memory` (largest number of bytes that a sparse implementation holds in weights, gradients and
-        state, over the dense one's) and R_s.
+        Accuracies in [0, 1], the sparsity reached, `steps`, `flops` (training FLOPs of the products of weights over
+        those of dense training of the configuration's steps), `memory` (largest number of bytes that a sparse
+        implementation holds in weights, gradients and state, over the dense one's) and R_s.
     """
-    model = _model(config, splits, cell.seed)
-    trainer = _Trainer(config, splits, cell.seed)
+    trainer = _Trainer(config, splits, cell.seed, cell.steps)
     if cell.label != DENSE:
-        if pattern is None:
-            raise ConfigError(f"`pattern` (={cell.pattern}) is unknown; give `run` a Pattern for this word")
-        method = build(config.methods[cell.label], cell.sparsity, cell.seed)
-        model = transform(model, (splits.train.inputs[:1],), pattern=pattern)
+        model, method = _arm(config, cell, pattern, splits)
         trainer.dense_macs = {row.name: row.macs_dense for row in count(model, (splits.train.inputs[:1],)).rows}
         _fit(trainer, model, method)
     else:
-        trainer.fit(model, None, config.train.steps)
+        model = _model(config, splits, cell.seed)
+        trainer.fit(model, None, trainer.steps)
     final = [mask for mask in masks(model).values()]
     alive, numel = sum(int(mask.sum()) for mask in final), sum(mask.numel() for mask in final)
     return {
@@ -82,14 +93,41 @@ def train(config: Config, cell: Cell, pattern: Pattern | None, splits: Splits) -
         "test_accuracy": evaluate(model, splits.test).accuracy,
         "sparsity": 1 - alive / numel if numel else 0.0,
         "steps": trainer.step,
-        "flops": trainer.flops / max(1e-30, trainer.dense_flops) if trainer.dense_flops else 1.0,
+        "flops": trainer.ratio * trainer.steps / config.train.steps,
         "memory": trainer.memory,
         "explored": trainer.explored,
     }
 
 
+def check(config: Config, cell: Cell, pattern: Pattern | None, splits: Splits) -> None:
+    """Raise ConfigError where this cell can never be trained; what only data tell is not asked."""
+    try:
+        model, method = _arm(config, cell, pattern, splits)
+        if isinstance(method, Pruning):
+            weights = masked_weights(model)
+            specs = [
+                WeightSpec(name, tuple(masked.weight.shape), masked.spec.layout, pattern_of(method, masked))
+                for name, masked in weights.items()
+            ]
+            sizes = {name: masked.weight.detach().abs() for name, masked in weights.items()}
+            method.distribution.targets(specs, method.sparsity, sizes)
+        else:
+            attach(model, _Trainer(config, splits, cell.seed).optimizer(model), method, config.train.steps).detach()
+    except ConfigError as error:
+        raise ConfigError(
+            f"`methods.{cell.label}` at pattern {cell.pattern}, sparsity {cell.sparsity:g}: {error}"
+        ) from error
+
+
+def _arm(config: Config, cell: Cell, pattern: Pattern | None, splits: Splits) -> tuple[nn.Module, Method]:
+    if pattern is None:
+        raise ConfigError(f"`pattern` (={cell.pattern}) is unknown; give `run` a Pattern for this word")
+    method = build(config.methods[cell.label], cell.sparsity, cell.seed)
+    return transform(_model(config, splits, cell.seed), (splits.train.inputs[:1],), pattern=pattern), method
+
+
 def _fit(trainer: _Trainer, model: nn.Module, method: Method) -> None:
-    steps = trainer.config.train.steps
+    steps = trainer.steps
     if not isinstance(method, Pruning):
         trainer.fit(model, method, steps)
         return
@@ -97,30 +135,37 @@ def _fit(trainer: _Trainer, model: nn.Module, method: Method) -> None:
     if first:
         trainer.fit(model, None, first)
     prune(model, method, trainer.calibration(), nn.functional.cross_entropy)
+    trainer.held(2.0)  # scores are made from all weights, dead ones included, and as many gradients
     trainer.fit(model, Static(method.sparsity, initial=Initial.KEEP, seed=method.seed), steps - first)
 
 
 class _Trainer:
     """The loop that all arms share, and what it counts."""
 
-    def __init__(self, config: Config, splits: Splits, seed: int) -> None:
-        self.config, self.seed = config, seed
+    def __init__(self, config: Config, splits: Splits, seed: int, steps: int | None = None) -> None:
+        self.config, self.seed, self.steps = config, seed, steps or config.train.steps
         limit = config.data.limit
         self.inputs, self.labels = splits.train.inputs[:limit], splits.train.labels[:limit]
         self.step, self.flops, self.dense_flops, self.memory, self.explored = 0, 0.0, 0.0, 1.0, 1.0
         self.dense_macs: Mapping[str, int] = {}
         self._peak = 0.0
         self._order = (-1, torch.empty(0, dtype=torch.long))
-        self._alive: dict[str, tuple[int, int]] = {}
+        self._alive: dict[str, tuple[int, tuple[int, int]]] = {}
+
+    @property
+    def ratio(self) -> float:
+        """FLOPs so far over those of as many steps of dense training."""
+        return self.flops / self.dense_flops if self.dense_flops else 1.0
 
     def calibration(self) -> list[tuple[Tensor, Tensor]]:
         """The first batches of the training samples."""
         size = self.config.train.batch_size
-        return [(self.inputs[i : i + size], self.labels[i : i + size]) for i in range(0, CALIBRATION * size, size)]
+        last = min(CALIBRATION * size, len(self.inputs))
+        return [(self.inputs[i : i + size], self.labels[i : i + size]) for i in range(0, last, size)]
 
     def fit(self, model: nn.Module, method: Method | None, steps: int) -> None:
         """Train for so many steps."""
-        optimizer = self._optimizer(model)
+        optimizer = self.optimizer(model)
         handle = None if method is None else attach(model, optimizer, method, steps)
         size = self.config.train.batch_size
         model.train()
@@ -131,7 +176,7 @@ class _Trainer:
             optimizer.zero_grad(set_to_none=True)
             loss = nn.functional.cross_entropy(model(self.inputs[rows]), self.labels[rows])
             loss.backward()  # type: ignore[no-untyped-call]  # torch
-            self._count(model, handle, optimizer)
+            self._count(model, handle)
             optimizer.step()
             self.step += 1
         if handle is not None:
@@ -148,37 +193,55 @@ class _Trainer:
 
     def _rate(self) -> float:
         train = self.config.train
-        done = self.step / train.steps
+        done = self.step / self.steps
         factor = (1 + math.cos(math.pi * done)) / 2 if train.lr_schedule == "cosine" else 1.0
         return train.learning_rate * factor
 
-    def _optimizer(self, model: nn.Module) -> Optimizer:
+    def optimizer(self, model: nn.Module) -> Optimizer:
+        """The optimizer that all arms share."""
         train = self.config.train
         if train.optimizer == "sgd":
             return SGD(model.parameters(), train.learning_rate, train.momentum, weight_decay=train.weight_decay)
         return AdamW(model.parameters(), train.learning_rate, weight_decay=train.weight_decay)
 
-    def _count(self, model: nn.Module, handle: Handle | None, optimizer: Optimizer) -> None:
-        """Forward and input gradient by the alive weights, weight gradient by those too unless it is read dense."""
+    @property
+    def _numbers(self) -> int:
+        """What dense training holds of a weight: value, gradient, moments."""
+        train = self.config.train
+        return 2 + (2 if train.optimizer == "adamw" else int(bool(train.momentum)))
+
+    def held(self, numbers: float) -> None:
+        """Note that so many numbers of each weight are held at once."""
+        self._peak = max(self._peak, numbers / self._numbers)
+        self.memory = self._peak
+
+    def _count(self, model: nn.Module, handle: Handle | None) -> None:
+        """Forward and input gradient by what is alive, weight gradient by what trains, or by all if it is read dense.
+
+        In a RESU phase the dead positions that train are multiplied like alive ones; frozen weights have no gradient.
+        """
         if not self.dense_macs:
             return
         found = masks(model)
         for name, mask in found.items():
-            if self._alive.get(name, (0, -1))[1] != mask._version:
-                self._alive[name] = int(mask.sum()), mask._version
+            now = mask.data_ptr(), mask._version
+            if name not in self._alive or self._alive[name][1] != now:
+                self._alive[name] = int(mask.sum()), now
         density = {name: self._alive[name][0] / mask.numel() for name, mask in found.items()}
         watched = handle is not None and handle.method.watches(handle.step + 1)
+        theta = handle.trainable() if isinstance(handle, ResuHandle) else {}
+        opened = {name: int(trained.sum()) / trained.numel() for name, trained in theta.items()}
+        frozen = bool(opened) and isinstance(handle, ResuHandle) and handle.method.freeze_active
         for name, macs in self.dense_macs.items():
-            alive = density.get(name, 1.0)
-            self.flops += macs * (2 * alive + (1.0 if watched else alive))
+            alive, trained = density.get(name, 1.0), opened.get(name, 0.0)
+            learning = trained if frozen and name in density else alive + trained
+            self.flops += macs * (2 * (alive + trained) + (1.0 if watched else learning))
             self.dense_flops += 3.0 * macs
-        states = 1 + (2 if isinstance(optimizer, AdamW) else int(bool(self.config.train.momentum)))
         numel = sum(mask.numel() for mask in found.values())
-        alive = sum(self._alive[name][0] for name in found)
-        kept = sum(t.numel() for m in (handle._memory if handle else {}).values() for t in m.values())
-        held = alive * (1 + states) + (numel - alive if watched else 0) + kept + numel / 32  # the mask: a bit each
-        self._peak = max(self._peak, held / (numel * (1 + states)))
-        self.memory = self._peak
+        live = sum((density[name] + opened.get(name, 0.0)) * mask.numel() for name, mask in found.items()) / numel
+        kept = sum(t.numel() for m in (handle._memory if handle else {}).values() for t in m.values()) / numel
+        # what lives has a value, a gradient and moments; a gradient that is read dense is held dense; a mask is a bit
+        self.held(live * self._numbers + (1 - live if watched else 0.0) + kept + 1 / 32)
 
 
 def _model(config: Config, splits: Splits, seed: int) -> nn.Module:

@@ -104,6 +104,8 @@ class Config(Section):
     data: Data = Field(default_factory=Data)
     train: Train = Field(default_factory=Train)
     dense: bool = True
+    equal_flops: Annotated[float, Field(gt=1)] | None = None
+    """Train each arm again, so much longer that it spends the FLOPs of dense training, at most so many times longer."""
     methods: Annotated[dict[str, Arm], Field(min_length=1)] = Field(
         default_factory=lambda: {name.lower(): Arm(method=name) for name in ("Static", "GMP", "SET", "RigL")}
     )
@@ -164,6 +166,13 @@ def parse_config(values: object, where: str = "config") -> Config:
         raise ConfigError(
             f"{where}: `reference.method` (={config.reference.method}) is none of {', '.join(config.methods)}"
         )
+    if config.reference is not None and config.reference.pattern is not None:
+        known = config.methods[config.reference.method].patterns or config.patterns
+        if config.reference.pattern not in known:
+            raise ConfigError(
+                f"{where}: `reference.pattern` (={config.reference.pattern}) is none of {', '.join(known)}, the "
+                f"patterns of {config.reference.method}"
+            )
     if (config.train.arch == "mlp") != (config.train.hidden is not None):
         raise ConfigError(
             f"{where}: `train.hidden` (={config.train.hidden}) belongs to `train.arch` mlp, which needs it"

@@ -27,15 +27,17 @@ def write_page(arms: Sequence[Arm], path: Path, title: str, reference: Reference
     dense = next((arm for arm in arms if arm.label == DENSE), None)
     for pattern in dict.fromkeys(arm.pattern for arm in arms if arm.label != DENSE):
         figure = go.Figure()
-        for label in dict.fromkeys(arm.label for arm in arms if arm.label != DENSE):
-            own = sorted((a for a in arms if (a.label, a.pattern) == (label, pattern)), key=lambda arm: arm.sparsity)
+        for label, longer in dict.fromkeys((arm.label, arm.longer) for arm in arms if arm.label != DENSE):
+            kind = label, pattern, longer
+            own = sorted((a for a in arms if (a.label, a.pattern, a.longer) == kind), key=lambda arm: arm.sparsity)
             spread = [100 * (arm.accuracy.half_width or 0.0) for arm in own]
             figure.add_scatter(
                 x=[arm.sparsity for arm in own],
                 y=[100 * arm.accuracy.mean for arm in own],
                 error_y={"type": "data", "array": spread},
                 mode="lines+markers",
-                name=label,
+                name=f"{label}, equal FLOPs" if longer else label,
+                line={"dash": "dash" if longer else "solid"},
             )
         if dense is not None:
             figure.add_hline(100 * dense.accuracy.mean, line_dash="dot", annotation_text=DENSE)

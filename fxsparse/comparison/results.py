@@ -21,7 +21,9 @@ class Arm:
         sparsity: What was asked for.
         accuracy: Test accuracy in [0, 1].
         reached: Mean sparsity reached.
-        flops: Mean training FLOPs over those of dense training with as many steps.
+        steps: Optimizer steps.
+        longer: Whether it trained longer, to spend the FLOPs of dense training.
+        flops: Mean training FLOPs over those of dense training with the configuration's steps.
         memory: Mean peak memory over that of dense training.
         explored: Mean R_s.
         against: Difference of the test accuracy to the reference arm, paired by seed; None without one.
@@ -32,6 +34,8 @@ class Arm:
     sparsity: float
     accuracy: Summary
     reached: float
+    steps: int
+    longer: bool
     flops: float
     memory: float
     explored: float
@@ -43,19 +47,22 @@ def summarise_cells(cells: Mapping[Cell, Mapping[str, Any]], reference: Referenc
 
     Args:
         cells: Results by cell.
-        reference: The arm that others are compared with, seed by seed.
+        reference: The arm that others are compared with, seed by seed; those that trained longer, with one that did.
     """
-    groups: dict[tuple[str, str, float], list[Cell]] = {}
+    groups: dict[tuple[str, str, float, bool], list[Cell]] = {}
     for cell in cells:
-        groups.setdefault((cell.label, cell.pattern, cell.sparsity), []).append(cell)
+        groups.setdefault((cell.label, cell.pattern, cell.sparsity, cell.steps is not None), []).append(cell)
+    twins = {(c.label, c.pattern, c.sparsity, c.seed, c.steps is not None): c for c in cells}
     arms = []
-    for (label, pattern, sparsity), members in groups.items():
+    for (label, pattern, sparsity, longer), members in groups.items():
         mean = {key: sum(float(cells[c][key]) for c in members) / len(members) for key in _MEANS}
         twin = None if reference is None else (reference.method, reference.pattern or pattern)
         paired = [
             cells[cell]["test_accuracy"] - cells[other]["test_accuracy"]
             for cell in members
-            if twin is not None and twin != (label, pattern) and (other := Cell(*twin, sparsity, cell.seed)) in cells
+            if twin is not None
+            and twin != (label, pattern)
+            and (other := twins.get((*twin, sparsity, cell.seed, longer))) is not None
         ]
         arms.append(
             Arm(
@@ -64,6 +71,8 @@ def summarise_cells(cells: Mapping[Cell, Mapping[str, Any]], reference: Referenc
                 sparsity,
                 summarise([cells[cell]["test_accuracy"] for cell in members]),
                 mean["sparsity"],
+                round(mean["steps"]),
+                longer,
                 mean["flops"],
                 mean["memory"],
                 mean["explored"],
@@ -73,7 +82,7 @@ def summarise_cells(cells: Mapping[Cell, Mapping[str, Any]], reference: Referenc
     return arms
 
 
-_MEANS = ("sparsity", "flops", "memory", "explored")
+_MEANS = ("sparsity", "steps", "flops", "memory", "explored")
 
 
 def lines(arms: Sequence[Arm]) -> list[tuple[str, ...]]:
@@ -83,8 +92,10 @@ def lines(arms: Sequence[Arm]) -> list[tuple[str, ...]]:
             arm.label,
             arm.pattern,
             f"{arm.sparsity:g}",
+            f"{arm.reached:.3f}",
             _percent(arm.accuracy),
             "" if arm.against is None else _percent(arm.against, sign=True),
+            str(arm.steps),
             f"{arm.flops:.3f}",
             f"{arm.memory:.3f}",
             f"{arm.explored:.3f}",
@@ -97,7 +108,19 @@ def lines(arms: Sequence[Arm]) -> list[tuple[str, ...]]:
 def columns(reference: Reference | None = None) -> tuple[str, ...]:
     """The headings; `reference` as in `summarise_cells`."""
     name = "" if reference is None else f" {reference.method}{f' {reference.pattern}' if reference.pattern else ''}"
-    return ("method", "pattern", "sparsity", "test accuracy %", f"against{name}", "FLOPs", "memory", "R_s", "seeds")
+    return (
+        "method",
+        "pattern",
+        "sparsity",
+        "reached",
+        "test accuracy %",
+        f"against{name}",
+        "steps",
+        "FLOPs",
+        "memory",
+        "R_s",
+        "seeds",
+    )
 
 
 def markdown(arms: Sequence[Arm], reference: Reference | None = None) -> str:

@@ -8,12 +8,13 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fxsparse.comparison.cell import Cell, load, train
+from fxsparse.comparison.cell import Cell, check, load, train
 from fxsparse.comparison.config import DENSE, Config, build
 from fxsparse.comparison.results import Arm, markdown, summarise_cells
 from fxsparse.data import Splits
@@ -57,22 +58,14 @@ def run(
         The directory and the table's rows.
 
     Raises:
-        ConfigError: an arm that its method excludes.
+        ConfigError: an arm that its method excludes; nothing is trained then.
         DataError: the data cannot be read, or a result file is damaged.
     """
     splits = load(config)
     home = directory(config, splits.fingerprint)
     (home / "cells").mkdir(parents=True, exist_ok=True)
-    wanted = cells(config)
-    files = {cell: home / "cells" / f"{cell.key}-{_options(config, cell)}.json" for cell in wanted}
-    missing = [cell for cell in wanted if not files[cell].exists()]
-    done = len(wanted) - len(missing)
-    for cell, result in _trained(config, patterns, missing, splits):
-        write_atomically(files[cell], json.dumps(result, sort_keys=True))
-        done += 1
-        if progress is not None:
-            progress(cell, done, len(wanted))
-    found = {cell: _read(files[cell]) for cell in wanted}
+    found = _complete(config, patterns, splits, home, cells(config), {}, progress)
+    found |= _complete(config, patterns, splits, home, longer(config, found), found, progress)
     reference = config.compared
     arms = summarise_cells(found, reference)
     write_atomically(home / "table.md", markdown(arms, reference))
@@ -81,10 +74,58 @@ def run(
     return home, arms
 
 
+def _complete(
+    config: Config,
+    patterns: Patterns,
+    splits: Splits,
+    home: Path,
+    wanted: list[Cell],
+    before: Mapping[Cell, Any],
+    progress: Callable[[Cell, int, int], None] | None,
+) -> dict[Cell, dict[str, Any]]:
+    """Train those of the wanted cells that have no file yet, and read them all."""
+    files = {cell: home / "cells" / f"{cell.key}-{_options(config, cell)}.json" for cell in wanted}
+    missing = [cell for cell in wanted if not files[cell].exists()]
+    _check(config, patterns, missing, splits)
+    done = len(before) + len(wanted) - len(missing)
+    for cell, result in _trained(config, patterns, missing, splits):
+        write_atomically(files[cell], json.dumps(result, sort_keys=True))
+        done += 1
+        if progress is not None:
+            progress(cell, done, len(before) + len(wanted))
+    return {cell: _read(path) for cell, path in files.items()}
+
+
+def longer(config: Config, found: Mapping[Cell, Mapping[str, Any]]) -> list[Cell]:
+    """The cells that train again: until the FLOPs of dense training are spent, or `equal_flops` times the steps."""
+    if config.equal_flops is None:
+        return []
+    costs: dict[tuple[str, str, float], list[float]] = {}
+    for cell, result in found.items():
+        costs.setdefault((cell.label, cell.pattern, cell.sparsity), []).append(float(result["flops"]))
+    again = []
+    for cell in found:
+        flops = costs[cell.label, cell.pattern, cell.sparsity]
+        factor = min(config.equal_flops, len(flops) / max(sum(flops), 1e-30))
+        if cell.label != DENSE and factor > 1:
+            again.append(replace(cell, steps=round(factor * config.train.steps)))
+    return again
+
+
 def _options(config: Config, cell: Cell) -> str:
     """What names a result besides the cell: the method with all of its settings, defaults too."""
     method = "" if cell.label == DENSE else repr(build(config.methods[cell.label], cell.sparsity, cell.seed))
     return hashlib.sha256(method.encode()).hexdigest()[:8]
+
+
+def _check(config: Config, patterns: Patterns, missing: list[Cell], splits: Splits) -> None:
+    """Refuse before the first training what would be refused after hours."""
+    seen = set()
+    for cell in missing:
+        kind = cell.label, cell.pattern, cell.sparsity
+        if cell.label != DENSE and kind not in seen:
+            seen.add(kind)
+            check(config, cell, patterns.get(cell.pattern), splits)
 
 
 def _trained(

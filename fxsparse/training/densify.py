@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from fxsparse.errors import ConfigError
 from fxsparse.nn import ThetaInit
 from fxsparse.sparsity.counts import check_sparsity
+from fxsparse.sparsity.n_by_m import GroupUnits
 from fxsparse.training.resu import RESU
 from fxsparse.training.resu_phases import Cycle, Lengths, Timeline, grow_cycles
 from fxsparse.training.resu_subset import AllDead, Subset
@@ -75,5 +77,10 @@ class Densify(RESU):
         ranked = {each.name: each.element_scores(self.score) for each in states}
         target = self.distribution.targets([each.spec for each in states], cycle.committed, ranked)[state.name]
         alive = state.alive.sum(1)
+        if isinstance(state.units, GroupUnits) and not (state.units.exact or state.units.is_dense(target)):
+            more = max(0, state.units.alive_elements(target) - int(alive.sum()))
+            quota = torch.zeros_like(alive)
+            quota[0] = more  # `tournament` holds it over the whole weight
+            return alive + quota, quota
         counts = state.units.counts(target).to(alive.device).maximum(alive)
         return counts, counts - alive

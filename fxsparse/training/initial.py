@@ -137,8 +137,8 @@ def _check_not_below(method: Method, weights: Mapping[str, _Weight]) -> None:
     if wanted - alive > _SAME_DENSITY * numel:
         raise ConfigError(
             f"`sparsity` (={method.sparsity}) is below that of the model's masks (={1 - alive / numel:.4f}), and "
-            f"{type(method).__name__} never grows; ask for a higher sparsity, use a method that grows such as RigL, or "
-            "give `initial` a saliency to draw new masks"
+            f"{type(method).__name__} never grows; ask for a higher sparsity, use a method that grows to a "
+            "target such as Densify, or give `initial` a saliency to draw new masks"
         )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.optim import LBFGS, Adagrad, Optimizer
 
@@ -62,6 +63,10 @@ class ResuHandle(Handle):
         """The cycle of the next optimizer step, from 0; None in the final training."""
         cycle = self.method.timeline.phase(self.step + 1)[1]
         return None if cycle is None else cycle.index
+
+    def trainable(self) -> dict[str, Bool[Tensor, "*shape"]]:
+        """T of every weight in a RESU phase: the dead positions that are trained; empty in other phases."""
+        return {name: unit.trainable.clone() for name, unit in self._units.items() if unit.mode is Mode.RESU}
 
     def on_pause(self, callback: Pause) -> None:
         """Call `callback(model, cycle)` after the COMMIT of each cycle that the method's `pauses` lists.
@@ -247,7 +252,8 @@ class ResuHandle(Handle):
         self._scales, self._steps.states = {}, {}
         states = self._states()
         sparse = [state for state in states if not bool(state.mask.all())]
-        chosen = {state.name: trained_units(self.method.subset, state, cycle.phase) for state in sparse}
+        dense, subset = cycle.committed == 0.0, self.method.subset
+        chosen = {state.name: trained_units(subset, state, cycle.phase, dense=dense) for state in sparse}
         self._memory = {}
         if chosen and not any(bool(trainable.any()) for trainable in chosen.values()):
             warnings.warn(

@@ -137,15 +137,16 @@ class CyclicDead(Subset):
         return subject.candidates & (index % self.period == subject.phase % self.period)
 
 
-def trained_units(subset: Subset, state: WeightState, phase: int) -> Bool[Tensor, "*shape"]:
+def trained_units(subset: Subset, state: WeightState, phase: int, *, dense: bool = False) -> Bool[Tensor, "*shape"]:
     """T of one weight as a phase begins, the shape of the weight.
 
     Args:
         subset: The rule.
         state: The weight, with G of the effective batch at whose end the phase begins where the rule needs it.
         phase: Number of the phase, from 0.
+        dense: Whether the phase ends in a dense weight, in which every unit has a place.
     """
-    free = candidates(state.units, state.alive)
+    free = candidates(state.units, state.alive, dense=dense)
     if not bool(free.any()):
         return torch.zeros_like(state.mask)
     draws = state.draws("subset").to(free.device)

@@ -19,10 +19,12 @@ from fxsparse.training.records import UpdateReport
 from fxsparse.training.state import WeightState
 
 
-def candidates(units: Units, alive: Bool[Tensor, "segments width"]) -> Bool[Tensor, "segments width"]:
-    """Dead units that a phase may train: all that exist; under N:M only those of groups with a free place."""
+def candidates(
+    units: Units, alive: Bool[Tensor, "segments width"], *, dense: bool = False
+) -> Bool[Tensor, "segments width"]:
+    """Dead units that a phase may train: all; under N:M those of groups with a free place, unless it ends `dense`."""
     dead = ~alive if units.valid is None else ~alive & units.valid.to(alive.device)
-    if not isinstance(units, GroupUnits):
+    if dense or not isinstance(units, GroupUnits):
         return dead
     free = alive.sum(1) < units.limits().to(alive.device)
     return dead & free[:, None]

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fxsparse.errors import ConfigError, DataError
 from fxsparse.nn import MaskedWeight
-from fxsparse.training.distributed import average, process_group
+from fxsparse.training.distributed import average, process_group, unwrap
 from fxsparse.training.gradients import GradientWindow
 from fxsparse.training.held import Held
 from fxsparse.training.optimizer_state import zero_state_
@@ -125,6 +125,7 @@ class StepHooks(abc.ABC):
         if not names:
             return False
         what = f"non-finite gradient at step {self.step + 1} in {', '.join(f'`{name}`' for name in names)}"
+        self._check_finite(what)
         if self.method.non_finite is NonFinite.RAISE:
             raise DataError(f"{what}, which {type(self.method).__name__} reads; lower the learning rate or loss scale")
         warnings.warn(
@@ -133,6 +134,15 @@ class StepHooks(abc.ABC):
             stacklevel=5,
         )
         return True
+
+    def _check_finite(self, what: str) -> None:
+        """Waiting helps where a gradient overflowed; it never ends where a parameter is itself NaN or infinite."""
+        for name, parameter in unwrap(self.model).named_parameters():
+            if parameter.grad is not None and (bad := int((~parameter.isfinite()).sum())):
+                raise DataError(
+                    f"{what}, and `{name}` holds NaN or Inf (={bad} values): the training has diverged, and no later "
+                    "step can be finite; go back to a checkpoint and lower the learning rate"
+                )
 
     def _check_collected(self) -> None:
         if all(gradient is None for gradient in self._gradients.values()):

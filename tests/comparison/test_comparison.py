@@ -20,7 +20,7 @@ from fxsparse.comparison.runner import _options, cells
 from fxsparse.data import digits
 from fxsparse.errors import ConfigError, DataError
 from fxsparse.nn import ThetaInit
-from fxsparse.sparsity import ERK, SharedSupport, Taylor, Uniform, Unstructured, Wanda
+from fxsparse.sparsity import ERK, Block, NByM, SharedSupport, Taylor, Uniform, Unstructured, Wanda
 from fxsparse.training import ITOP, METHODS, PRUNINGS, RESU, Growth, OneShot, Regroup, RigL
 from fxsparse.training.dsnot import DSNoT
 from fxsparse.training.resu_phases import Lengths
@@ -111,9 +111,75 @@ def test_costs_by_hand(tmp_path):
     assert result["explored"] == pytest.approx(0.25, abs=1e-4) and sum(sizes) == 50200
 
 
+@pytest.mark.parametrize("freeze", [False, True])
+def test_a_resu_phase_costs_what_trains_in_it(tmp_path, freeze):
+    """Dead positions under training are multiplied like alive ones; counting masks alone would hide them."""
+    options = {
+        "cycles": 1,
+        "rise": None,
+        "lengths": {"train": 0.5, "stabilize": 0.0, "resu": 0.5},
+        "final_fraction": 0.0,
+        "subset": {"random": {"fraction": 0.4}},
+        "distribution": "uniform",
+        "freeze_active": freeze,
+    }
+    config = parse_config(small(tmp_path, methods={"resu": {"method": "RESU", "options": options}}, train={"steps": 8}))
+    result = train(config, Cell("resu", "unstructured", 0.75, 0), Unstructured(), load(config))
+    alive, theta = 0.25, 0.4 * 0.75
+    phase = 2 * (alive + theta) + (theta if freeze else alive + theta)
+    assert result["flops"] == pytest.approx(
+        (4 * 3.0 + 4 * phase) / (8 * 3.0), abs=1e-3
+    )  # 4 dense steps, 4 of the phase
+
+
+def test_pruning_at_initialisation_holds_all_weights_once(tmp_path):
+    config = parse_config(small(tmp_path, data={"limit": 40}))  # fewer samples than calibration batches would take
+    result = train(config, Cell("snip", "unstructured", 0.8, 0), Unstructured(), load(config))
+    assert result["memory"] == pytest.approx(2 / 4)  # weights and gradients, of weights, gradients and two moments
+
+
+def test_any_label_names_a_file_inside_the_results(tmp_path):
+    labels = ["ac/dc", "../out", "ac%2Fdc", "a b"]
+    config = parse_config(small(tmp_path, methods={label: {"method": "Static"} for label in labels}, dense=False))
+    home, arms = run(config, PATTERNS)
+    assert [arm.label for arm in arms] == labels and len(list((home / "cells").iterdir())) == 2 * len(labels)
+    assert {path.name for path in tmp_path.rglob("*") if path.is_dir()} == {home.name, "cells"}
+
+
+@pytest.mark.parametrize(
+    ("methods", "pattern", "message"),
+    [
+        (
+            {"bad": {"method": "SNFS"}},
+            "block:2x2",
+            "`methods.bad` at pattern block:2x2, sparsity 0.8: .*redistribute=False",
+        ),
+        ({"bad": {"method": "RESU", "options": {"cycles": 50}}}, "unstructured", "too short"),
+        ({"bad": {"method": "GMP", "options": {"every": 0.5}}}, "unstructured", "at least 1 step"),
+        ({"bad": {"method": "SNIP"}}, "2:4", "must be 0 or 1 - n/m"),
+    ],
+)
+def test_refused_arms_are_told_before_anything_is_trained(tmp_path, monkeypatch, methods, pattern, message):
+    def refuse(*_: object) -> None:
+        raise AssertionError("trained")
+
+    monkeypatch.setattr("fxsparse.comparison.runner.train", refuse)
+    still = {"still": {"method": "Static", "patterns": ["unstructured"]}}
+    config = parse_config(small(tmp_path, methods={**still, **methods}, patterns=[pattern]))
+    with pytest.raises(ConfigError, match=message):
+        run(config, {**PATTERNS, "block:2x2": Block(2, 2), "2:4": NByM(2, 4)})
+
+
 def test_the_table_by_hand():
     found = {
-        Cell("s", "p", 0.9, seed): {"test_accuracy": a, "sparsity": 0.9, "flops": 0.1, "memory": 0.2, "explored": 0.3}
+        Cell("s", "p", 0.9, seed): {
+            "test_accuracy": a,
+            "sparsity": 0.9,
+            "flops": 0.1,
+            "steps": 9,
+            "memory": 0.2,
+            "explored": 0.3,
+        }
         for seed, a in enumerate((0.5, 0.6))
     }
     for seed, a in enumerate((0.7, 0.9)):
@@ -123,12 +189,46 @@ def test_the_table_by_hand():
     assert moved.against.mean == pytest.approx(0.25)  # .2 and .3
     half = 12.706 * 0.05 * math.sqrt(2) / math.sqrt(2)
     assert moved.against.half_width == pytest.approx(half, rel=1e-3)
-    assert "| m | p | 0.9 | 80.00 ± 127.06 | +25.00 ± 63.53 | 0.100 | 0.200 | 0.300 | 2 |" in markdown([still, moved])
+    assert "| m | p | 0.9 | 0.900 | 80.00 ± 127.06 | +25.00 ± 63.53 | 9 | 0.100 | 0.200 | 0.300 | 2 |" in markdown(
+        [still, moved]
+    )
+
+
+def test_equal_flops_trains_again_for_longer(tmp_path):
+    values = small(tmp_path, methods={"still": {"method": "Static"}, "gmp": {"method": "GMP", "options": {"every": 1}}})
+    config = parse_config({**values, "equal_flops": 4.0})
+    told: list[str] = []
+    home, arms = run(config, PATTERNS, progress=lambda cell, done, total: told.append(f"{cell.key} {done}/{total}"))
+    rows = {(arm.label, arm.longer): arm for arm in arms}
+    assert len(rows) == 5 and told[-1].endswith("10/10")
+    still, gmp = rows["still", False], rows["gmp", False]
+    assert rows["dense", False].steps == still.steps == gmp.steps == 12
+    assert rows["still", True].steps == round(12 * min(4.0, 1 / still.flops)) == 48  # a fifth of the FLOPs: the limit
+    assert rows["gmp", True].steps == round(12 / gmp.flops) < 48
+    assert rows["still", True].flops == pytest.approx(4 * still.flops)
+    assert rows["gmp", True].flops == pytest.approx(1.0, abs=0.1)  # its schedule stretches with the steps
+    assert rows["gmp", True].against.mean == pytest.approx(
+        rows["gmp", True].accuracy.mean - rows["still", True].accuracy.mean
+    )
+    assert rows["gmp", False].against.mean == pytest.approx(gmp.accuracy.mean - still.accuracy.mean)
+    assert f"| 48 | {4 * still.flops:.3f} |" in (home / "table.md").read_text()
+    assert (
+        rows["still", False] == {(a.label, a.longer): a for a in run(parse_config(values), PATTERNS)[1]}["still", False]
+    )
+    write_page(arms, tmp_path / "page.html", "t")
+    assert "still, equal FLOPs" in (tmp_path / "page.html").read_text()
 
 
 def test_the_page(tmp_path):
     found = {
-        Cell(label, pattern, s, 0): {"test_accuracy": 0.9, "sparsity": s, "flops": 1, "memory": 1, "explored": 1}
+        Cell(label, pattern, s, 0): {
+            "test_accuracy": 0.9,
+            "sparsity": s,
+            "flops": 1,
+            "steps": 9,
+            "memory": 1,
+            "explored": 1,
+        }
         for label, pattern, s in [("dense", "", 0.0), ("<m>", "unstructured", 0.9), ("<m>", "2:4", 0.5)]
     }
     write_page(summarise_cells(found), tmp_path / "page.html", "a & b")
@@ -232,6 +332,10 @@ def test_convolutional_nets_of_a_comparison():
         ({"methods": {"dense": {"method": "RigL"}}}, "name of the dense arm"),
         ({"data": {"dataset": "idx"}}, "`data.folder`"),
         ({"reference": {"method": "gmpp"}}, "`reference.method` \\(=gmpp\\) is none of"),
+        (
+            {"reference": {"method": "static", "pattern": "2:4"}},
+            "`reference.pattern` \\(=2:4\\) is none of unstructured, the patterns of static",
+        ),
         ({"train": {"arch": "mlp"}}, "`train.hidden` \\(=None\\)"),
         ({"train": {"hidden": [3]}}, "`train.hidden` \\(=\\[3\\]\\)"),
         ({"methods": {"x": {"method": "RESU", "options": {"theta": {"sgd": {"speed": 1}}}}}}, "RESU refuses"),

@@ -21,6 +21,7 @@ from fxsparse.training import (
     SET,
     SNFS,
     SNIP,
+    Densify,
     GraSP,
     Growth,
     Initial,
@@ -140,6 +141,30 @@ def test_weights_that_are_not_finite_never_make_a_mask(name, bad):
     assert all(torch.equal(m, before[n]) for n, m in masks(model).items()) and handle.updates == 0
 
 
+@pytest.mark.parametrize("where", ["0.weight", "2.weight", "1.bias"])
+@pytest.mark.parametrize("name", READERS)
+def test_a_diverged_training_does_not_wait_for_ever(name, where):
+    """Every later gradient is NaN too, so an update that waits for a finite one never comes."""
+    method = READERS[name]
+    model = build()
+    model[1] = nn.BatchNorm1d(10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    handle = attach(model, optimizer, method)
+    backward(model, optimizer)
+    optimizer.step()
+    own = dict(model.named_parameters())[where]
+    with torch.no_grad():
+        own.view(-1)[int(masks(model)[where].flatten().nonzero()[0]) if where in masks(model) else 0] = math.nan
+    backward(model, optimizer, 1)
+    before = {n: m.clone() for n, m in masks(model).items()}
+    with pytest.raises(
+        DataError, match=f"at step 2 in .*, and `{where}` holds NaN or Inf \\(=1 values\\): the training"
+    ):
+        optimizer.step()
+    assert all(torch.equal(m, before[n]) for n, m in masks(model).items())
+    assert handle.updates == 0 and handle.step == 1
+
+
 def test_the_update_after_an_error_is_still_an_update():
     model, optimizer, handle = prepared(RigL(0.5, every=1, end=9))
     backward(model, optimizer)
@@ -180,6 +205,25 @@ def test_skipped_steps_of_a_scaler_do_not_count(name):
     assert handle.step == plain_handle.step == 6 and handle.updates == plain_handle.updates
     for key, memory in plain_handle._memory.items():  # powers of two scale exactly
         assert all(torch.equal(value, handle._memory[key][n]) for n, value in memory.items())
+
+
+@pytest.mark.parametrize("configured", NonFinite)
+@pytest.mark.parametrize("name", READERS)
+def test_a_step_that_a_fused_optimizer_skips_is_no_bad_input(name, configured):
+    """A scaler hands such an optimizer the overflow and lets it skip: nothing is left to warn of or to raise."""
+    model = build()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    handle = attach(model, optimizer, replace(READERS[name], non_finite=configured))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=10**6)
+    for step in range(4):
+        optimizer.zero_grad()
+        x, y = batch(step)
+        scaler.scale(nn.functional.mse_loss(model(x), y) * (math.inf if step == 1 else 1.0)).backward()
+        before = snapshot(model)
+        scaler.step(optimizer)
+        scaler.update()
+        assert unchanged(model, before) == (step == 1)
+    assert handle.step == 3 and handle.updates == 1
 
 
 @pytest.mark.parametrize("name", [*BLIND, *READERS])
@@ -256,12 +300,13 @@ def test_a_target_below_the_present_sparsity_needs_a_method_that_grows():
         GMP(0.5, end=9, initial=Initial.KEEP),
         GMP(0.5, schedule=CustomSparsity(((3, 0.5),))),
     ):
-        with pytest.raises(ConfigError, match="`sparsity` \\(=0.5\\) is below .*\\(=0.9.*never grows"):
+        with pytest.raises(ConfigError, match="`sparsity` \\(=0.5\\) is below .*\\(=0.9.*never grows.*Densify"):
             attach(model, optimizer, method)
         assert unchanged(model, before)
     attach(model, optimizer, GMP(0.9, end=9)).detach()
     attach(model, optimizer, GMP(0.95, end=9)).detach()
     attach(model, optimizer, ACDC(0.5, end=9)).detach()
+    attach(model, optimizer, Densify(0.5, path=(0.9, 0.5), cycle_steps=9)).detach()  # what the message advises
     attach(model, optimizer, GMP(0.5, start=3, end=3, initial=Magnitude())).detach()
 
 

@@ -206,6 +206,15 @@ def test_ties_over_the_weight_follow_its_flat_index():
     assert torch.equal(chosen, torch.tensor([[1, 1], [1, 0], [0, 1], [0, 0]]).bool())
 
 
+def test_a_group_drops_no_more_than_it_can_replace():
+    # 3:4 has one dead place in each group; without regrowth a group cannot exchange the two that the weight would drop
+    units = NByM(3, 4).units((1, 8))
+    alive = units.collect(torch.tensor([[1, 1, 1, 0, 1, 1, 1, 0]]).bool())
+    drop = units.pool(torch.tensor([[1.0, 2, 9, 0, 8, 8, 8, 0]]))
+    chosen = units.spread(exchange(units, alive, drop, torch.ones(2, 4), 0.4, regrow_dropped=False))
+    assert torch.equal(chosen, torch.tensor([[0, 1, 1, 1, 1, 1, 1, 0]]).bool())
+
+
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9])
 def test_keep_count_of_the_units(sparsity):
     units = Unstructured().units((10, 10))

@@ -344,6 +344,13 @@ def test_itop_rate():
     assert (row.name, row.explored, row.numel) == ("w", 7, 8)
 
 
+def test_a_weight_that_began_dense_has_explored_all_of_itself():
+    coverage, sparse = Coverage(), torch.arange(8) < 4
+    coverage.see({"pruned": torch.ones(8, dtype=torch.bool), "sparse": sparse})
+    coverage.see({"pruned": sparse, "sparse": sparse})
+    assert {row.name: row.explored for row in coverage.rows()} == {"pruned": 8, "sparse": 4}
+
+
 def test_report_tells_the_rate_and_leaves_out_dense_weights():
     torch.manual_seed(0)
     model = nn.Sequential(Linear(10, 10, bias=False), Linear(10, 10, bias=False))

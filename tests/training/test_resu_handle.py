@@ -14,7 +14,7 @@ from torch import nn
 import fxsparse
 from fxsparse.errors import ConfigError, DataError
 from fxsparse.nn import Mode, masked_weights, masks
-from fxsparse.sparsity import Block, ConstantFanIn, Gradient, NByM, SharedSupport, Uniform, Unstructured
+from fxsparse.sparsity import Block, ConstantFanIn, Gradient, NByM, SharedSupport, Target, Uniform, Unstructured
 from fxsparse.sparsity.saliency import Taylor, Wanda
 from fxsparse.training.densify import Densify
 from fxsparse.training.dsnot import DSNoT
@@ -337,6 +337,36 @@ def test_densification_loses_nothing_and_ends_dense():
     dense = nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 8)).eval()
     dense.load_state_dict({k: v for k, v in run.model.state_dict().items() if k in dense.state_dict()})
     assert torch.equal(run.model(x), dense(x))  # every theta is in
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [Unstructured(), SharedSupport(4), Block(2, 2), ConstantFanIn(), NByM(2, 4, exact=False), NByM(1, 4, exact=False)],
+    ids=str,
+)
+def test_every_pattern_becomes_denser(pattern):
+    least = 1 - pattern.n / pattern.m if isinstance(pattern, NByM) else 0.25
+    method = Densify(path=(0.9, 0.8, least), sparsity=least, pattern=pattern, distribution=Uniform())
+    run, before = Run(method), None
+    for cycle, wanted in zip(run.cycles, (0.8, least), strict=True):
+        run.go(cycle.end)
+        now = run.masks()
+        for name, weight in masked_weights(run.model).items():
+            pattern.check(now[name])
+            units = pattern.units(now[name].shape)
+            assert int(now[name].sum()) == units.alive_elements(Target.of(now[name].numel(), wanted)), name
+            assert before is None or not (before[name] & ~now[name]).any()
+            assert bool(weight.weight[now[name]].all())  # what came alive carries its theta
+        before = now
+    assert_zero_dead(run)
+
+
+@pytest.mark.parametrize(("pattern", "sparsity"), [(NByM(2, 4), 0.5), (NByM(1, 4, exact=False), 0.8)], ids=str)
+def test_a_full_group_trains_all_of_its_dead_on_the_way_to_a_dense_weight(pattern, sparsity):
+    run = Run(Densify(path=(sparsity, 0.0), pattern=pattern, distribution=Uniform())).go(TOTAL)
+    rows = run.handle.report().resurrections
+    assert all(row.trained == row.won > 0 and row.alive == row.numel for row in rows) and len(rows) == 2
+    assert all(bool(weight.all()) for weight in run.weights().values())
 
 
 def test_pauses_run_in_sparse_mode_under_the_masked_rule():
