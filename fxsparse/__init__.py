@@ -18,6 +18,7 @@ from fxsparse.errors import PassError as PassError
 from fxsparse.errors import TicketError as TicketError
 
 if TYPE_CHECKING:
+    from fxsparse import curvature as curvature
     from fxsparse import exporters as exporters
     from fxsparse import graph as graph
     from fxsparse import lottery as lottery
@@ -27,21 +28,48 @@ if TYPE_CHECKING:
     from fxsparse import sparsity as sparsity
     from fxsparse import testing as testing
     from fxsparse import training as training
+    from fxsparse.curvature import OBD as OBD
+    from fxsparse.curvature import Compensation as Compensation
+    from fxsparse.curvature import CompensationReport as CompensationReport
+    from fxsparse.curvature import CurvatureOperator as CurvatureOperator
+    from fxsparse.curvature import FisherCollector as FisherCollector
+    from fxsparse.curvature import FisherType as FisherType
+    from fxsparse.curvature import WoodFisher as WoodFisher
+    from fxsparse.curvature import compensate as compensate
+    from fxsparse.exporters import Dynamic as Dynamic
     from fxsparse.exporters import ExportReport as ExportReport
+    from fxsparse.exporters import Int8 as Int8
+    from fxsparse.exporters import Optimize as Optimize
     from fxsparse.exporters import Target as Target
+    from fxsparse.exporters import bench_files as bench_files
     from fxsparse.exporters import export_onnx as export_onnx
+    from fxsparse.exporters import optimize_file as optimize_file
+    from fxsparse.exporters import verify_file as verify_file
+    from fxsparse.lottery import RegroupReport as RegroupReport
     from fxsparse.lottery import Ticket as Ticket
     from fxsparse.lottery import load_ticket as load_ticket
+    from fxsparse.lottery import regroup as regroup
+    from fxsparse.lottery import regroup_ticket as regroup_ticket
     from fxsparse.lottery import save_ticket as save_ticket
     from fxsparse.nn import masks as masks
     from fxsparse.nn import set_masks as set_masks
+    from fxsparse.passes import Form as Form
+    from fxsparse.passes import LoweringResult as LoweringResult
     from fxsparse.passes import Verify as Verify
+    from fxsparse.passes import legal_forms as legal_forms
+    from fxsparse.passes import lower_shared_support as lower_shared_support
+    from fxsparse.planning import ChannelBudget as ChannelBudget
+    from fxsparse.planning import ChannelPlan as ChannelPlan
     from fxsparse.planning import CompactionReport as CompactionReport
+    from fxsparse.planning import LatencyBudget as LatencyBudget
+    from fxsparse.planning import MacBudget as MacBudget
+    from fxsparse.planning import ParameterBudget as ParameterBudget
     from fxsparse.planning import Plan as Plan
     from fxsparse.planning import compact as compact
     from fxsparse.planning import compaction_report as compaction_report
     from fxsparse.planning import finalize as finalize
     from fxsparse.planning import plan as plan
+    from fxsparse.planning import plan_channels as plan_channels
     from fxsparse.planning import sparsity_report as sparsity_report
     from fxsparse.planning import transform as transform
     from fxsparse.sparsity import ERK as ERK
@@ -82,10 +110,17 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _NAMES = {
-    "exporters": ("ExportReport", "Target", "export_onnx"),
-    "lottery": ("Ticket", "load_ticket", "save_ticket"),
+    "curvature": (
+        *("CurvatureOperator", "FisherCollector", "FisherType", "OBD", "WoodFisher"),
+        *("Compensation", "CompensationReport", "compensate"),
+    ),
+    "exporters": (
+        *("Dynamic", "ExportReport", "Int8", "Optimize", "Target", "export_onnx"),
+        *("bench_files", "optimize_file", "verify_file"),
+    ),
+    "lottery": ("Ticket", "load_ticket", "save_ticket", "RegroupReport", "regroup", "regroup_ticket"),
     "nn": ("masks", "set_masks"),
-    "passes": ("Verify",),
+    "passes": ("Verify", "Form", "LoweringResult", "legal_forms", "lower_shared_support"),
     "planning": (
         "CompactionReport",
         "compact",
@@ -95,6 +130,7 @@ _NAMES = {
         "transform",
         "finalize",
         "sparsity_report",
+        *("ChannelBudget", "ChannelPlan", "LatencyBudget", "MacBudget", "ParameterBudget", "plan_channels"),
     ),
     "sparsity": (
         *("Unstructured", "NByM", "Block", "Channel", "ConstantFanIn", "SharedSupport"),
@@ -108,7 +144,18 @@ _NAMES = {
     ),
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names}
-_PACKAGES = ("exporters", "graph", "lottery", "nn", "passes", "planning", "sparsity", "testing", "training")
+_PACKAGES = (
+    "curvature",
+    "exporters",
+    "graph",
+    "lottery",
+    "nn",
+    "passes",
+    "planning",
+    "sparsity",
+    "testing",
+    "training",
+)
 
 
 def __getattr__(name: str) -> Any:

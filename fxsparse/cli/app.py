@@ -11,13 +11,17 @@ from typing import Annotated
 
 import typer
 
+from fxsparse.cli.bench import bench
 from fxsparse.cli.compare import compare
 from fxsparse.cli.demo import demo
 from fxsparse.cli.errors import OTHER, exit_code, one_line
 from fxsparse.cli.export import export
 from fxsparse.cli.imp import imp
+from fxsparse.cli.optimize import optimize
+from fxsparse.cli.regroup import regroup
 from fxsparse.cli.show import show
 from fxsparse.cli.transform_report import transform_report
+from fxsparse.cli.verify import verify
 from fxsparse.cli.zoo import zoo
 
 TRACEBACK = "FXSPARSE_TRACEBACK"
@@ -36,7 +40,11 @@ for _name, _command in (
     ("compare", compare),
     ("transform-report", transform_report),
     ("show", show),
+    ("regroup", regroup),
     ("export", export),
+    ("verify", verify),
+    ("bench", bench),
+    ("optimize", optimize),
     ("zoo", zoo),
 ):
     app.command(_name)(_command)

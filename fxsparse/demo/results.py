@@ -13,10 +13,23 @@ import torch
 
 from fxsparse.data import Splits
 from fxsparse.demo.exports import Exported, model_of
-from fxsparse.demo.settings import DemoSettings, example_batch
+from fxsparse.demo.settings import DemoSettings, WideSettings, example_batch
 from fxsparse.demo.train import DENSE, PRUNED, RIGL, Place, Trained
+from fxsparse.demo.wide import WideTrained
+from fxsparse.demo.wide_files import CALIBRATION, WideFiles
 from fxsparse.lottery import Round, load_ticket
-from fxsparse.report.metrics import LayerSparsity, Metrics, Network, Result, SeedResult, SeedRound
+from fxsparse.report.metrics import (
+    LayerSparsity,
+    Metrics,
+    Network,
+    Result,
+    SeedResult,
+    SeedRound,
+    Speed,
+    SpeedFile,
+    SpeedLayer,
+    SpeedStage,
+)
 from fxsparse.report.metrics import Round as RoundRecord
 from fxsparse.training.loop import evaluate
 
@@ -107,7 +120,47 @@ def _notes(pairs: Finished) -> list[str]:
     return notes
 
 
-def whole(settings: DemoSettings, splits: Splits, directory: Path, networks: list[Network], seconds: float) -> Metrics:
+def speed_record(place: Place, wide: WideSettings, trained: Sequence[WideTrained], files: WideFiles) -> Speed:
+    """Everything measured on the wide network."""
+    stages = [SpeedStage(name=name, val_accuracy=[each.stages[name] for each in trained]) for name in trained[0].stages]
+    dense, sparse = (
+        [evaluate(model_of(place, ticket), place.splits.test).accuracy for ticket in tickets]
+        for tickets in ([each.dense for each in trained], [each.shared for each in trained])
+    )
+    return Speed(
+        title=place.network.title,
+        group=wide.group,
+        sparsity=trained[0].shared.sparsity,
+        seeds=[each.seed for each in trained],
+        stages=stages,
+        dense_test=dense,
+        ticket_test=sparse,
+        files=[
+            SpeedFile(
+                name=file.name,
+                onnx=file.onnx,
+                bytes=file.bytes,
+                test_accuracy=file.test_accuracy,
+                latency_ms={int(batch): value for batch, value in file.latency_ms.items()},
+            )
+            for file in files.files
+        ],
+        layers=[SpeedLayer(**layer) for layer in files.layers],
+        notes=[
+            f"files are those of seed {trained[0].seed}; first and last layer stay dense; int8: static, calibrated on "
+            f"{CALIBRATION} training samples"
+        ],
+    )
+
+
+def whole(
+    settings: DemoSettings,
+    splits: Splits,
+    directory: Path,
+    networks: list[Network],
+    speed: Speed | None,
+    seconds: float,
+) -> Metrics:
     """The metrics of the run."""
     names = ("train", "validation", "test")
     parts = ", ".join(f"{name} {len(getattr(splits, name))}" for name in names)
@@ -122,6 +175,7 @@ def whole(settings: DemoSettings, splits: Splits, directory: Path, networks: lis
             "IMP": f"{100 * float(settings.rate):g} % of the alive weights a round, global, rewound to initialisation; "
             f"{settings.epochs} epochs a round",
             "RigL": f"ERK, masks updated every {settings.rigl_every} steps; {settings.rigl_epochs} epochs at once",
+            **_wide_settings(settings.wide),
             "latency": f"onnxruntime, CPU, 1 thread, batch {len(example_batch(splits)[0])}, medians, interleaved",
             "test split": "evaluated once, on the finished networks; nothing in the run depends on it",
             "directory": str(directory),
@@ -134,4 +188,15 @@ def whole(settings: DemoSettings, splits: Splits, directory: Path, networks: lis
         },
         seconds=seconds,
         networks=networks,
+        speed=speed,
     )
+
+
+def _wide_settings(wide: WideSettings | None) -> dict[str, str]:
+    if wide is None:
+        return {}
+    percent = f"{100 * float(wide.sparsity):g} %"
+    return {
+        "wide network": f"{wide.epochs} epochs dense, {wide.prune_epochs} of GMP to {percent} without a pattern, "
+        f"regrouped into SharedSupport({wide.group}) with OBS compensation, {wide.tune_epochs} of fine-tuning"
+    }

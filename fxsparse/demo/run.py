@@ -18,11 +18,15 @@ from fxsparse.demo.exports import Exported, export
 from fxsparse.demo.progress import Display
 from fxsparse.demo.settings import DemoNetwork, DemoSettings
 from fxsparse.demo.train import DENSE, Place, Trained, as_trained, grow, prune, publish
+from fxsparse.demo.wide import train_wide, work_of
+from fxsparse.demo.wide_files import export_wide
 from fxsparse.lottery import IMP, Round, RunDirectory
 from fxsparse.report import Metrics, terminal_table, write_metrics, write_report
 from fxsparse.report.format import duration, percent
-from fxsparse.report.metrics import Network
+from fxsparse.report.metrics import Network, Speed
+from fxsparse.report.speed import terminal_lines
 
+WIDE_COST = 600.0  # work of the wide network's four exports and their timing, likewise
 EXPORT_COST = 60.0  # work of one export, in training epochs of the cheapest network
 
 
@@ -50,7 +54,8 @@ def run_demo(settings: DemoSettings, results_dir: Path, console: Console) -> Pat
         Display(console, _work(settings, splits)) as display,
     ):
         networks = [_network(Place(settings, net, splits, run.path, display)) for net in settings.networks]
-        metrics = results.whole(settings, splits, run.path, networks, time.monotonic() - began)
+        speed = _speed(settings, splits, run.path, display)
+        metrics = results.whole(settings, splits, run.path, networks, speed, time.monotonic() - began)
         write_metrics(metrics, run.path / "metrics.json")
         write_report(run.path / "metrics.json", run.path / "report.html")
     _print(console, metrics, run.path)
@@ -68,6 +73,23 @@ def _network(place: Place) -> Network:
         finished += [_finish(place, each) for each in trained]
         _tell(place, seed, trained, time.monotonic() - began)
     return results.network_record(place, rounds, finished)
+
+
+def _speed(settings: DemoSettings, splits: Splits, directory: Path, display: Display) -> Speed | None:
+    """The wide network: all seeds trained, the first one's files timed."""
+    wide = settings.wide
+    if wide is None:
+        return None
+    place = Place(settings, wide.network, splits, directory, display)
+    trained = []
+    for seed in settings.seeds:
+        began = time.monotonic()
+        trained.append(train_wide(place, wide, seed))
+        steps = ", ".join(f"{name} {percent(value)}" for name, value in trained[-1].stages.items())
+        display.line(f"{wide.network.title}, seed {seed}: {steps}  ({duration(time.monotonic() - began)})")
+    files, fresh = export_wide(place, wide, trained[0])
+    display.advance(WIDE_COST, fresh=fresh)
+    return results.speed_record(place, wide, trained, files)
 
 
 def _finish(place: Place, trained: Trained) -> tuple[Trained, Exported]:
@@ -93,7 +115,10 @@ def _work(settings: DemoSettings, splits: Splits) -> float:
         return network.cost * (rounds * settings.epochs + settings.rigl_epochs) + 3 * EXPORT_COST
 
     with torch.random.fork_rng():
-        return len(settings.seeds) * sum(map(of, settings.networks))
+        networks = len(settings.seeds) * sum(map(of, settings.networks))
+    if settings.wide is None:
+        return networks
+    return networks + len(settings.seeds) * work_of(settings.wide) + WIDE_COST
 
 
 def _print(console: Console, metrics: Metrics, directory: Path) -> None:
@@ -103,6 +128,11 @@ def _print(console: Console, metrics: Metrics, directory: Path) -> None:
     console.print(table)
     for note in notes:
         console.print(note, highlight=False)
+    if metrics.speed is not None:
+        console.print()
+        for line in terminal_lines(metrics.speed):
+            console.print(line, highlight=False)
+        console.print()
     spread = f"± standard deviation over {count} seeds; " if count > 1 else ""
     console.print(Text(f"{spread}latency: {metrics.settings['latency']}", style="dim"), highlight=False)
     console.print()

@@ -61,7 +61,7 @@ class Place:
     def origin(self) -> Origin:
         """What the tickets say about where they come from."""
         factory = f"fxsparse.models:{self.network.name}"
-        return Origin(factory, {}, (self.splits.train.inputs[:2],), None, self.splits.fingerprint)
+        return Origin(factory, self.network.arguments, (self.splits.train.inputs[:2],), None, self.splits.fingerprint)
 
 
 def prune(place: Place, seed: int) -> tuple[Round, ...]:

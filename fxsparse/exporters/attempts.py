@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import enum
 import gc
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,17 @@ import torch
 from torch import nn
 
 from fxsparse.errors import ExportError
-from fxsparse.exporters import placement
+from fxsparse.exporters import external, placement
 from fxsparse.exporters.causes import is_structural, mend_of, reason_of
+from fxsparse.exporters.encodings import store_once
+from fxsparse.exporters.external import LIMIT
 from fxsparse.exporters.inputs import Inputs
 from fxsparse.exporters.legacy import trace_program
 from fxsparse.exporters.prepare import Subject
 from fxsparse.exporters.program import check_reached, export_program, quiet, tidy
 from fxsparse.exporters.reference import Reference, Verification, one_sided, reference
-from fxsparse.exporters.report import Exporter
 from fxsparse.exporters.runtime import open_session
+from fxsparse.exporters.targets import Exporter
 from fxsparse.exporters.verify import Parity, verify
 
 _LEGACY_DRAWS = 8
@@ -35,27 +38,60 @@ class Exported:
         switches: what was set on the copy.
         inputs: the inputs with the batch axis that the file has.
         opset: operator set of the file.
+        bytes: its size, and that of its weights where they lie in a file of their own.
         dense_bytes: its size without metadata.
         places: where the masked weights lie.
         parity: the differences from PyTorch; None where it was not verified.
         notes: what was decided on the way.
+        file: the file.
+        data: the file of its weights, where it has one.
     """
 
     exporter: Exporter
     switches: tuple[str, ...]
     inputs: Inputs
     opset: int
+    bytes: int
     dense_bytes: int
     places: list[placement.Placement]
     parity: Parity | None
     notes: tuple[str, ...]
+    file: Path
+    data: Path | None = None
+
+
+class Free(enum.Enum):
+    """Which of the free axes of the inputs a file keeps."""
+
+    ALL = "all"
+    BATCH = "batch"
+    NONE = "none"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for every way.
+
+    Attributes:
+        opset: operator set, None for torch's default.
+        options: what to verify on; None for no verification, which excludes the legacy exporter.
+        annotate: adds the metadata to a message, given the places of the weights and the inputs.
+        external: whether the weights lie in a file of their own; None where they have to.
+        least: the fewest free axes that a file may have.
+    """
+
+    opset: int | None
+    options: Verification | None
+    annotate: Callable[[Any, list[placement.Placement], Inputs], None]
+    external: bool | None = None
+    least: Free = Free.NONE
 
 
 @dataclass(frozen=True)
 class _Way:
     exporter: Exporter
     plain: bool
-    dynamic: bool
+    free: Free
 
 
 class Search:
@@ -64,26 +100,20 @@ class Search:
     Args:
         subject: the model.
         file: where to write.
-        opset: operator set, None for torch's default.
-        options: what to verify on; None for no verification, which excludes the legacy exporter.
-        annotate: adds the metadata to a message, given the places of the weights and the batch.
+        settings: what holds for every way.
+        references: runs of the model that another search has made of the same inputs.
     """
 
     def __init__(
-        self,
-        subject: Subject,
-        file: Path,
-        opset: int | None,
-        options: Verification | None,
-        annotate: Callable[[Any, list[placement.Placement], Inputs], None],
+        self, subject: Subject, file: Path, settings: Settings, references: dict[Any, Reference] | None = None
     ) -> None:
         self.subject = subject
         self.file = file
-        self.opset = opset
-        self.options = options
-        self.annotate = annotate
+        self.settings = settings
+        self.opset = settings.opset
+        self.options = settings.options
         self._failures: dict[_Way, str] = {}
-        self._references: dict[tuple[bool, Exporter], Reference] = {}
+        self._references = {} if references is None else references
         self._plain: tuple[nn.Module, tuple[str, ...], bool] | None = None
 
     def run(self) -> Exported:
@@ -93,7 +123,7 @@ class Search:
             ExportError: none of them gave a file that computes what the model computes.
         """
         if self.options is not None:
-            self._reference(_Way(Exporter.EXPORT, False, bool(self.subject.inputs.batched)))
+            self._reference(_Way(Exporter.EXPORT, False, Free.ALL))
         for way in self._ways():
             try:
                 return self._try(way)
@@ -102,15 +132,25 @@ class Search:
         raise ExportError(self._refusal())
 
     def _ways(self) -> Iterator[_Way]:
-        """torch.export before the trace, a dynamic batch before a fixed one, the model as it is before its switches."""
-        dynamic = bool(self.subject.inputs.batched)
+        """torch.export before the trace, more free axes before fewer, the model as it is before its switches."""
+        levels = self._levels()
         for exporter in Exporter if self.options is not None else (Exporter.EXPORT,):
-            for batch in (True, False) if dynamic else (False,):
-                if dynamic and not batch and exporter is Exporter.EXPORT and self._hopeless():
+            for level in levels:
+                if level is not levels[0] and exporter is Exporter.EXPORT and self._hopeless():
                     continue
-                yield _Way(exporter, False, batch)
+                yield _Way(exporter, False, level)
                 if self._switched()[1]:
-                    yield _Way(exporter, True, batch)
+                    yield _Way(exporter, True, level)
+
+    def _levels(self) -> list[Free]:
+        inputs = self.subject.inputs
+        levels = [Free.ALL]
+        if inputs.free and inputs.batched:
+            levels.append(Free.BATCH)
+        if inputs.free or inputs.batched:
+            levels.append(Free.NONE)
+        order = list(Free)
+        return [level for level in levels if order.index(level) <= order.index(self.settings.least)] or levels[:1]
 
     def _hopeless(self) -> bool:
         """Whether torch.export failed for reasons that a fixed batch does not change."""
@@ -123,12 +163,14 @@ class Search:
 
     def _inputs(self, way: _Way) -> Inputs:
         inputs = self.subject.inputs
-        if way.dynamic or not inputs.batched:
+        if way.free is Free.ALL:
             return inputs
+        if way.free is Free.BATCH:
+            return replace(inputs, free={})
         return inputs.fixed(next(iter(self._failures.values())))
 
     def _reference(self, way: _Way) -> Reference:
-        key = way.dynamic, way.exporter
+        key = way.free, way.exporter
         if key not in self._references:
             assert self.options is not None
             draws = max(self.options.draws, _LEGACY_DRAWS) if way.exporter is Exporter.TRACE else self.options.draws
@@ -152,19 +194,13 @@ class Search:
             notes.append(
                 f"the graph has more nodes than it needs: onnxscript's optimiser stopped ({reason_of(error, model)})"
             )
+        store_once(program.model)
         arrays = {name: value.const_value.numpy() for name, value in program.model.graph.initializers.items()}
         folded = dict(model.named_parameters(remove_duplicate=False))
         places = placement.locate(self.subject.weights, folded, arrays)
-        del arrays
-        proto = program.model_proto
-        del program, folded
-        gc.collect()
-        tidy(proto, inputs)
-        placement.check_file(proto, places, self.subject.weights)
-        opset, dense_bytes = _opset_of(proto), proto.ByteSize()
-        self.annotate(proto, places, inputs)
-        self.file.write_bytes(proto.SerializeToString(deterministic=True))
-        del proto
+        del arrays, folded
+        data, opset, sizes = self._write(program, places, inputs)
+        del program
         gc.collect()
         session = open_session(self.file)
         parity = None
@@ -175,9 +211,40 @@ class Search:
             notes += parity.notes
             if way.exporter is Exporter.TRACE:
                 notes += _one_sided(self.subject.masked, self._reference(way))
+        if way.free is Free.BATCH:
+            left = ", ".join(f"`{name}`" for name in self.subject.inputs.free)
+            notes.append(f"axis {left} is fixed: {next(iter(self._failures.values()))}")
         notes += _unlocated(self.subject, places, unused)
         switches = self.subject.switches + switched
-        return Exported(way.exporter, switches, inputs, opset, dense_bytes, places, parity, tuple(notes))
+        return Exported(
+            exporter=way.exporter,
+            switches=switches,
+            inputs=inputs,
+            opset=opset,
+            bytes=sizes[1],
+            dense_bytes=sizes[0],
+            places=places,
+            parity=parity,
+            notes=tuple(notes),
+            file=self.file,
+            data=data,
+        )
+
+    def _write(
+        self, program: Any, places: list[placement.Placement], inputs: Inputs
+    ) -> tuple[Path | None, int, tuple[int, int]]:
+        """Write the file; the file of its weights, its operator set, its bytes without and with metadata."""
+        data = None
+        if self.settings.external or (self.settings.external is None and external.bytes_of(program.model) > LIMIT):
+            data = external.move_out(program.model, self.file.parent, self.file.name)
+        proto = program.model_proto
+        outside = data.stat().st_size if data is not None else 0
+        tidy(proto, inputs)
+        placement.check_file(proto, places, self.subject.weights, self.file.parent)
+        bare = proto.ByteSize()
+        self.settings.annotate(proto, places, inputs)
+        written = self.file.write_bytes(proto.SerializeToString(deterministic=True))
+        return data, _opset_of(proto), (bare + outside, written + outside)
 
     def _program(self, way: _Way, model: nn.Module, inputs: Inputs, explicit: bool) -> Any:
         export = export_program if way.exporter is Exporter.EXPORT else trace_program

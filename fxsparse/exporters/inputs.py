@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,9 @@ from torch.utils import _pytree as pytree
 
 from fxsparse.errors import ConfigError, ExportError
 from fxsparse.graph import split_inputs
+
+BATCH = "batch"
+"""The name of the batch axis in a file."""
 
 _HOLE = object()
 
@@ -29,6 +32,7 @@ class Inputs:
         batched: positions in `tensors` whose axis 0 is the batch; empty when the batch size is fixed.
         reason: why the batch size is fixed; empty when it is not.
         complexes: positions in `tensors` that are complex for the model, and pairs of numbers on a last axis here.
+        free: name of every other free axis -> where it is, (position in `tensors`, axis), of one size everywhere.
     """
 
     tensors: tuple[Tensor, ...]
@@ -39,6 +43,7 @@ class Inputs:
     complexes: frozenset[int]
     _leaves: tuple[Any, ...]  # _HOLE where a tensor goes
     _spec: pytree.TreeSpec
+    free: Mapping[str, frozenset[tuple[int, int]]] = field(default_factory=dict)
 
     @property
     def batch(self) -> int:
@@ -79,12 +84,60 @@ class Inputs:
         return [_nudged(t, torch.finfo(t.dtype).eps if t.is_floating_point() else 0.0, generator) for t in tensors]
 
     def fixed(self, reason: str) -> Inputs:
-        """The same inputs without a batch axis."""
-        return replace(self, batched=frozenset(), reason=reason)
+        """The same inputs without a batch axis, or any other free one."""
+        return replace(self, batched=frozenset(), reason=reason, free={})
+
+    def lengths(self) -> dict[str, int]:
+        """The sizes of the free axes beside the batch, by name."""
+        return {name: self.tensors[i].shape[axis] for name, at in self.free.items() for i, axis in list(at)[:1]}
+
+    def at(self, lengths: Mapping[str, int]) -> Inputs:
+        """The same example with other sizes of free axes: its entries there, repeated or cut."""
+        tensors = list(self.tensors)
+        for name, size in lengths.items():
+            for i, axis in self.free[name]:
+                tensors[i] = _along(tensors[i], axis, size)
+        return replace(self, tensors=tuple(tensors))
+
+    def axes(self) -> dict[int, dict[int, str]]:
+        """Position in `tensors` -> its free axes, by name; the batch is "batch"."""
+        found: dict[int, dict[int, str]] = {i: {0: BATCH} for i in sorted(self.batched)}
+        for name, at in self.free.items():
+            for i, axis in sorted(at):
+                found.setdefault(i, {})[axis] = name
+        return found
+
+    def read(self, item: Any) -> list[Tensor]:
+        """The tensors of other inputs of the same kind, on the CPU; a bare tensor stands for a tuple of one.
+
+        Raises:
+            ConfigError: when the form, a dtype or a shape (but for the free axes) is another; the message begins with
+                what was found.
+        """
+        args, kwargs = split_inputs((item,) if isinstance(item, Tensor) else item)
+        known = self.build(self.tensors)[1]
+        ordered = {name: kwargs[name] for name in known if name in kwargs} | kwargs
+        leaves, spec = pytree.tree_flatten((args, ordered))
+        if spec != self._spec:
+            raise ConfigError(f"it holds {len(leaves)} values in another structure than the example inputs")
+        given = [leaf for leaf, own in zip(leaves, self._leaves, strict=True) if own is _HOLE]
+        if not all(isinstance(leaf, Tensor) for leaf in given):
+            raise ConfigError(f"it holds {', '.join(type(leaf).__name__ for leaf in given)} where tensors are needed")
+        tensors = [leaf.detach().cpu() for leaf in given]
+        return [
+            _checked(torch.view_as_real(t.resolve_conj()) if t.is_complex() else t, own, name, axes)
+            for t, own, name, axes in zip(tensors, self.tensors, self.names, self._free_axes(), strict=True)
+        ]
+
+    def _free_axes(self) -> list[set[int]]:
+        axes = self.axes()
+        return [set(axes.get(i, ())) for i in range(len(self.tensors))]
 
 
 def read_inputs(model: nn.Module, example_inputs: Any) -> Inputs:
     """Flatten `example_inputs`, on the CPU, and find the batch axis by running `model` on one more row.
+
+    The inputs have no other free axis; see `fxsparse.exporters.axes.with_axes`.
 
     Args:
         model: the model in eval mode on the CPU; it is run without gradients.
@@ -117,7 +170,7 @@ def read_inputs(model: nn.Module, example_inputs: Any) -> Inputs:
         _leaves=tuple(_HOLE if isinstance(leaf, Tensor) else leaf for leaf in leaves),
         _spec=spec,
     )
-    failure = _failure(model, inputs, tensors)
+    failure = failure_of(model, inputs, tensors)
     if failure:
         raise ExportError(f"the model fails on `example_inputs` ({failure}): give inputs that `forward` takes")
     return _with_batch(model, inputs)
@@ -133,13 +186,14 @@ def _with_batch(model: nn.Module, inputs: Inputs) -> Inputs:
     failure = ""
     for choice in ([i for i in sized if inputs.tensors[i].shape[0] == size], sized[:1]):
         tried = replace(inputs, batched=frozenset(choice))
-        failure = _failure(model, tried, tried.resized(size + 1))
+        failure = failure_of(model, tried, tried.resized(size + 1))
         if not failure:
             return tried
     return inputs.fixed(f"the model fails at batch size {size + 1}: {failure}")
 
 
-def _failure(model: nn.Module, inputs: Inputs, tensors: Sequence[Tensor]) -> str:
+def failure_of(model: nn.Module, inputs: Inputs, tensors: Sequence[Tensor]) -> str:
+    """Why `model` fails on `tensors`, in one line; empty where it runs."""
     args, kwargs = inputs.build([tensor.clone() for tensor in tensors])
     try:
         with torch.no_grad():
@@ -194,6 +248,22 @@ def _unique(names: Sequence[str]) -> list[str]:
 
 def _rows(tensor: Tensor, size: int) -> Tensor:
     return tensor[torch.arange(size) % tensor.shape[0]].contiguous()
+
+
+def _along(tensor: Tensor, axis: int, size: int) -> Tensor:
+    return tensor.index_select(axis, torch.arange(size) % tensor.shape[axis]).contiguous()
+
+
+def _checked(tensor: Tensor, own: Tensor, name: str, free: set[int]) -> Tensor:
+    if tensor.dtype != own.dtype:
+        raise ConfigError(f"input `{name}` is {tensor.dtype} in place of {own.dtype}")
+    wanted = ", ".join("any" if axis in free else str(size) for axis, size in enumerate(own.shape))
+    fits = tensor.ndim == own.ndim and all(
+        a == b or (axis in free and a > 0) for axis, (a, b) in enumerate(zip(tensor.shape, own.shape, strict=True))
+    )
+    if not fits:
+        raise ConfigError(f"input `{name}` has shape {tuple(tensor.shape)} in place of ({wanted})")
+    return tensor
 
 
 def _nudged(tensor: Tensor, share: float, generator: torch.Generator) -> Tensor:

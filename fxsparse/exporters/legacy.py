@@ -17,14 +17,13 @@ from torch import nn
 from fxsparse.errors import ExportError
 from fxsparse.exporters.causes import reason_of
 from fxsparse.exporters.inputs import Inputs
-from fxsparse.exporters.program import Flat, quiet, strip_prefix
+from fxsparse.exporters.program import Flat, example_of, quiet, strip_prefix
 from fxsparse.graph import preserved_rng
 
 NEWEST_OPSET = 20
 """The newest operator set that the legacy exporter writes."""
 
 _DEFAULT_OPSET = 18
-_BATCH = "batch"
 
 
 class TracedProgram:
@@ -60,11 +59,10 @@ def trace_program(
     """
     if opset is not None and opset > NEWEST_OPSET:
         raise ExportError(f"`opset` (={opset}) is newer than {NEWEST_OPSET}, the newest of the legacy exporter")
-    size = max(2, inputs.batch)
-    tensors = inputs.resized(size) if inputs.batched else [tensor.clone() for tensor in inputs.tensors]
+    tensors, _ = example_of(inputs)
     buffer: Any = io.BytesIO()
     axes = {name: {axis: f"{name}_{axis}" for axis in range(rank)} for name, rank in outputs.items()}
-    axes |= {inputs.names[i]: {0: _BATCH} for i in inputs.batched}
+    axes |= {inputs.names[i]: free for i, free in inputs.axes().items()}
     try:
         with _unlogged(), quiet(), preserved_rng(), torch.no_grad():
             torch.onnx.export(

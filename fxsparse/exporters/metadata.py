@@ -75,7 +75,15 @@ def digest_of(weights: Mapping[str, MaskedWeight]) -> str:
 
 
 def describe(
-    model: nn.Module, layers: Sequence[Layer], digest: str, batch: str, lineage: Mapping[str, Any]
+    model: nn.Module,
+    layers: Sequence[Layer],
+    digest: str,
+    batch: str,
+    lineage: Mapping[str, Any],
+    target: str = "stock",
+    axes: Mapping[str, Mapping[int, str]] | None = None,
+    variant: str = "",
+    extra: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, str]:
     """The entries of `metadata_props`: plain text, equal for equal models and versions.
 
@@ -85,7 +93,12 @@ def describe(
         digest: `digest_of` its masks.
         batch: "dynamic", or the fixed size.
         lineage: where the model comes from, plain JSON values; may be empty.
+        target: the runtime that the file is made for.
+        axes: input name -> its free axes.
+        variant: what was done to the model before the export, in words.
+        extra: layer's name -> more entries of its row.
     """
+    more = extra or {}
     records = [
         {"graph": path, "node": node.name, "pass": record.pass_name, "what": record.what, "source": record.source}
         for path, graph_module in graphs_of(model).items()
@@ -98,7 +111,14 @@ def describe(
         "version": __version__,
         "torch": torch.__version__,
         "batch": batch,
-        "layers": _json([asdict(layer) | {"density": layer.density} for layer in layers]),
+        "target": target,
+        "variant": variant,
+        "axes": _json(
+            {name: {str(axis): free for axis, free in found.items()} for name, found in (axes or {}).items()}
+        ),
+        "layers": _json(
+            [asdict(layer) | {"density": layer.density} | dict(more.get(layer.name, {})) for layer in layers]
+        ),
         "density": _json(alive / numel if numel else 1.0),
         "mask_digest": digest,
         "provenance": _json(records),
@@ -111,8 +131,9 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What fxsparse wrote into an ONNX file.
 
     Returns:
-        ``schema``, ``version``, ``torch``, ``batch``, ``mask_digest`` (text), ``density`` (float), ``layers`` (a dict
-        for each masked weight: name, shape, alive, numel, density, pattern, route, initializers, parts),
+        ``schema``, ``version``, ``torch``, ``batch``, ``target``, ``variant``, ``mask_digest`` (text), ``density``
+        (float), ``axes`` (input name -> axis, as text -> name of its free size), ``layers`` (a dict for each masked
+        weight: name, shape, alive, numel, density, pattern, route, initializers, parts, form, two_four),
         ``provenance`` (a dict for each graph node that a pass made: graph, node, pass, what, source) and ``lineage``
         (a dict, as given).
 
@@ -138,7 +159,8 @@ def metadata_of(model: Any) -> dict[str, Any] | None:
     found = {key.removeprefix(_PREFIX): value for key, value in props.items() if key.startswith(_PREFIX)}
     if found.get("schema") != SCHEMA:
         return None
-    return found | {key: json.loads(found[key]) for key in ("layers", "density", "provenance", "lineage")}
+    parsed = ("layers", "density", "provenance", "lineage", "axes")
+    return found | {key: json.loads(found[key]) for key in parsed if key in found}
 
 
 def _json(value: Any) -> str:

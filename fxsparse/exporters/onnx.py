@@ -4,35 +4,29 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from fxsparse.errors import ConfigError, FxSparseError
-from fxsparse.exporters import placement
-from fxsparse.exporters.attempts import Exported, Search
+from fxsparse.errors import ConfigError
+from fxsparse.exporters.agreement import read_calibration
+from fxsparse.exporters.attempts import Free, Settings
+from fxsparse.exporters.autotune import DEFAULT_BUDGET, Tuner
+from fxsparse.exporters.axes import Axes, check_form
+from fxsparse.exporters.candidates import Kitchen, Plan
+from fxsparse.exporters.external import beside, staging
 from fxsparse.exporters.files import replacing
-from fxsparse.exporters.inputs import Inputs, first_line
-from fxsparse.exporters.latency import Latency, measure
-from fxsparse.exporters.metadata import describe, digest_of, layers_of
-from fxsparse.exporters.prepare import Subject, prepare
+from fxsparse.exporters.finish import Job, counted, finish, micro_quantizer
+from fxsparse.exporters.prepare import prepare
 from fxsparse.exporters.program import check_opset
-from fxsparse.exporters.reasons import why_not_faster
-from fxsparse.exporters.reference import Verification, size_of
-from fxsparse.exporters.report import ExportReport, Target
-from fxsparse.exporters.runtime import open_session
-from fxsparse.exporters.verify import feed_of
-from fxsparse.graph import count, preserved_rng
-from fxsparse.nn import MaskedWeight
+from fxsparse.exporters.reference import Verification
+from fxsparse.exporters.report import ExportReport
+from fxsparse.exporters.targets import Dynamic, Int8, Optimize, Target
+from fxsparse.graph import preserved_rng
 
 _LARGE = 10**8  # MACs of one sample from which on every run counts
-_FASTER = 1.05  # speedups below this are noise
-
-
-_Macs = tuple[int | None, int | None, tuple[str, ...]]
 
 
 def export_onnx(
@@ -45,51 +39,141 @@ def export_onnx(
     opset: int | None = None,
     latency: bool = True,
     lineage: Mapping[str, Any] | None = None,
+    calibration: Iterable[Any] | None = None,
+    int8: Int8 | None = None,
+    compact: bool | None = None,
+    lower: bool | None = None,
+    optimize: Optimize | None = None,
+    budget: float | None = None,
+    dynamic: Axes = Dynamic.BATCH,
+    sparse_initializers: bool = False,
+    external_data: bool | None = None,
 ) -> ExportReport:
-    """Export a model with its masks folded, check it in onnxruntime, and only then put it at `path`.
+    """Export a model compacted, lowered and folded, check it in onnxruntime, and only then put it at `path`.
 
-    The model is exported as it is in eval mode on the CPU; it stays as it was, and so does all global state. The batch
-    (axis 0 of every input of the example's batch size) is dynamic where torch can export it so. Dead weights are zeros
-    in the file, and its `metadata_props` hold densities, mask digest and provenance (`read_metadata`).
+    The model is exported as it is in eval mode on the CPU; it stays as it was, and so does all global state. Dead
+    weights are zeros in the file, and its `metadata_props` hold densities, mask digest and provenance
+    (`read_metadata`). Where a rewrite (compaction, lowering) cannot be exported or verified, the model is exported
+    without it, and the report says so.
 
     Args:
         model: any module, with masks or without.
         path: the file to write; a file that is there is replaced, at the end and at once.
-        example_inputs: a tuple of positional inputs, or ``(args, kwargs)``.
+        example_inputs: a tuple of positional inputs, or ``(args, kwargs)``. Latencies are measured on them, and the
+            autotuner tunes for them: give the batch size that counts.
         target: the runtime that the file is made for.
         verify: True to compare onnxruntime with PyTorch in float64 on random inputs, fewer for a model of more than a
-            hundred million MACs; a `Verification` to say on which.
+            hundred million MACs; a `Verification` to say on which. Of an 8-bit target the float file is compared so,
+            and the 8-bit one on the calibration data, within the bounds of `int8`.
         opset: ONNX operator set, 18 or newer; None for torch's default.
         latency: whether to time the file against its dense twin, for about half a second.
         lineage: where the model comes from, as plain JSON values, for the metadata; a ticket's id and lineage, say.
+        calibration: for `Target.INT8` (needed) and `Target.INT8_DYNAMIC` (for the comparison): typical inputs, each
+            item like `example_inputs`, with any batch size where the batch is dynamic; or bare tensors.
+        int8: options of the 8-bit targets.
+        compact: whether dead channels are cut out first (see `fxsparse.compact`); None where there are some and the
+            target is not TensorRT.
+        lower: whether layers of shared support become gathers and small products; None where there are some and the
+            target is not TensorRT.
+        optimize: what the autotuner makes small; None for no tuning. It measures every layer alone in each legal form
+            in onnxruntime, then the whole files, and keeps the best.
+        budget: seconds that the measurements of single layers may take together, 60 by default.
+        dynamic: which axes of the inputs are free: a rule, or input name -> axis -> name of the free size. Named axes
+            are free in the file or the export fails; the rules give way, and the report says so.
+        sparse_initializers: whether float weights are stored by their alive entries where that is smaller. onnxruntime
+            makes them dense when it loads the file; a call is not faster.
+        external_data: whether the weights go to a file of their own beside `path`, ``<name>.<digest>.data``; None where
+            one file cannot hold them (2 GiB).
 
     Returns:
         What was written and measured; print it.
 
     Raises:
         ExportError: anything that keeps a verified file from being written: torch or onnxruntime refuses, `opset` is
-            too old, an output is no tensor, values differ, a resurrection phase is open, weights are not finite, the
-            place cannot be written. Nothing is left behind, and what was at `path` stays.
-        ConfigError: arguments of the wrong form.
+            too old, an output is no tensor, values differ, a resurrection phase is open, weights are not finite, an
+            8-bit file is too far from the model, the place cannot be written. Nothing is left behind, and what was at
+            `path` stays.
+        ConfigError: arguments of the wrong form, or that exclude each other.
+        DataError: calibration data that is empty, does not fit, or on which the model gives no finite number.
     """
     path = Path(path)
-    _check_options(target, verify)
+    _check_options(target, verify, int8, optimize, budget, dynamic)
+    _check_together(target, calibration, int8, lower, optimize, budget, sparse_initializers)
     plain = _plain(lineage)
     check_opset(opset)
-    with replacing(path) as temporary, preserved_rng():
-        subject = prepare(model, example_inputs)
-        counted = _count(subject)
-        options = _options(verify, counted[0])
-        annotate = partial(_annotate, subject, plain)
-        exported = Search(subject, temporary, opset, options, annotate).run()
-        return _report(path, temporary, subject, exported, counted, target, latency)
+    options = int8 or Int8()
+    with beside(path) as put, replacing(path) as temporary, staging(path) as folder, preserved_rng():
+        subject = prepare(model, example_inputs, dynamic)
+        macs = counted(subject)
+        job = Job(path, target, subject, plain, macs, latency, sparse_initializers)
+        batches = None
+        if calibration is not None:
+            batches = read_calibration(calibration, subject.inputs, options.batches)
+        tuner = None
+        if optimize is not None:
+            twin = micro_quantizer(target, options, folder) if target.is_int8 else None
+            tuner = Tuner(optimize, DEFAULT_BUDGET if budget is None else budget, twin)
+        plan = Plan(
+            target=target,
+            settings=Settings(
+                opset,
+                _options(verify, macs[0]),
+                job.annotate,
+                external_data,
+                Free.NONE if isinstance(dynamic, Dynamic) else Free.ALL,
+            ),
+            compact=_asked(compact, target),
+            lower=_asked(lower, target),
+            int8=options,
+            batches=batches,
+            tuner=tuner,
+        )
+        kitchen = Kitchen(subject, plan, folder, path.name)
+        return finish(job, kitchen, kitchen.best(), temporary, put)
 
 
-def _check_options(target: Target, verify: bool | Verification) -> None:
+def _asked(wanted: bool | None, target: Target) -> bool | None:
+    return False if wanted is None and target is Target.TENSORRT else wanted
+
+
+def _check_options(
+    target: Target, verify: object, int8: object, optimize: object, budget: object, dynamic: object
+) -> None:
     if not isinstance(target, Target):
         raise ConfigError(f"`target` (={target!r}) must be one of {', '.join(map(str, Target))}")
     if not isinstance(verify, bool | Verification):
         raise ConfigError(f"`verify` (={verify!r}) must be True, False or a Verification")
+    if int8 is not None and not isinstance(int8, Int8):
+        raise ConfigError(f"`int8` (={int8!r}) must be an Int8")
+    if optimize is not None and not isinstance(optimize, Optimize):
+        raise ConfigError(f"`optimize` (={optimize!r}) must be one of {', '.join(map(str, Optimize))}, or None")
+    if budget is not None and optimize is None:
+        raise ConfigError(f"`budget` (={budget!r}) is for `optimize`: name what to optimise, or leave it out")
+    if budget is not None:
+        Tuner(Optimize.LATENCY, budget)  # type: ignore[arg-type]  # it checks the value
+    check_form(dynamic)
+
+
+def _check_together(
+    target: Target,
+    calibration: Iterable[Any] | None,
+    int8: Int8 | None,
+    lower: bool | None,
+    optimize: Optimize | None,
+    budget: float | None,
+    sparse_initializers: bool,
+) -> None:
+    if target is Target.INT8 and calibration is None:
+        raise ConfigError(f"`target` (={target}) needs `calibration`: give typical inputs, or use Target.INT8_DYNAMIC")
+    if not target.is_int8 and (calibration is not None or int8 is not None):
+        given = "calibration" if calibration is not None else "int8"
+        raise ConfigError(f"`{given}` is for the 8-bit targets, `target` is {target}: leave it out, or use Target.INT8")
+    if target is Target.TENSORRT and lower:
+        raise ConfigError(f"`lower` (={lower}) excludes `target` (={target}), which needs 2:4 weights as they are")
+    if sparse_initializers and target in (Target.TENSORRT, Target.INT8, Target.INT8_DYNAMIC):
+        raise ConfigError(
+            f"`sparse_initializers` (={sparse_initializers}) excludes `target` (={target}): use Target.STOCK"
+        )
 
 
 def _options(verify: bool | Verification, macs: int | None) -> Verification | None:
@@ -104,89 +188,3 @@ def _plain(lineage: Mapping[str, Any] | None) -> Mapping[str, Any]:
     except (TypeError, ValueError) as error:
         raise ConfigError(f"`lineage` (={lineage!r}) must be plain JSON values: {error}") from error
     return {} if lineage is None else lineage
-
-
-def _annotate(
-    subject: Subject, lineage: Mapping[str, Any], proto: Any, places: list[placement.Placement], inputs: Inputs
-) -> None:
-    weights = subject.weights
-    described = describe(subject.masked, layers_of(weights, places), digest_of(weights), _batch(inputs), lineage)
-    for key, value in described.items():
-        proto.metadata_props.add(key=key, value=value)
-
-
-def _batch(inputs: Inputs) -> str:
-    return "dynamic" if inputs.batched else str(size_of(inputs, inputs.tensors))
-
-
-def _report(
-    path: Path,
-    temporary: Path,
-    subject: Subject,
-    exported: Exported,
-    counted: _Macs,
-    target: Target,
-    latency: bool,
-) -> ExportReport:
-    inputs, weights = exported.inputs, subject.weights
-    layers = layers_of(weights, exported.places)
-    measured = _measure(temporary, exported, weights) if latency else None
-    macs_dense, macs_effective, uncounted = counted
-    parameters = sum(parameter.numel() for parameter in subject.masked.parameters())
-    slow = measured is not None and measured.speedup < _FASTER
-    return ExportReport(
-        path=path,
-        target=target,
-        opset=exported.opset,
-        batch=_batch(inputs),
-        exporter=exported.exporter,
-        switches=exported.switches,
-        bytes=temporary.stat().st_size,
-        dense_bytes=exported.dense_bytes,
-        parameters=parameters,
-        alive=parameters - sum(layer.numel - layer.alive for layer in layers),
-        macs_dense=macs_dense,
-        macs_effective=macs_effective,
-        layers=layers,
-        verification=exported.parity,
-        latency=measured,
-        reasons=why_not_faster([w.spec.pattern for w in weights.values()], target) if slow else (),
-        notes=(*_input_notes(inputs), *subject.notes, *exported.notes, *uncounted),
-    )
-
-
-def _measure(file: Path, exported: Exported, weights: Mapping[str, MaskedWeight]) -> Latency:
-    inputs = exported.inputs
-    sessions = {"dense": open_session(_dense_twin(file, exported, weights)), "ticket": open_session(file)}
-    medians, runs = measure(sessions, feed_of(sessions["ticket"], inputs, inputs.tensors))
-    return Latency(medians["dense"], medians["ticket"], size_of(inputs, inputs.tensors), threads=1, runs=runs)
-
-
-def _dense_twin(file: Path, exported: Exported, weights: Mapping[str, MaskedWeight]) -> bytes:
-    import onnx
-
-    return placement.dense_twin(onnx.load(file, format="protobuf"), exported.places, weights)
-
-
-def _count(subject: Subject) -> _Macs:
-    """MACs of one sample, dense and effective, and what could not be counted."""
-    inputs = subject.inputs
-    for size in dict.fromkeys((1, inputs.batch)):
-        tensors = inputs.resized(size)
-        try:
-            counted = count(subject.masked, inputs.build(tensors), samples=size_of(inputs, tensors))
-        except FxSparseError as error:
-            reason = first_line(error)
-            continue
-        uncounted = tuple(f"not counted in MACs: {item}" for item in counted.uncounted)
-        return counted.macs_dense, counted.macs_effective, uncounted
-    return None, None, (f"MACs were not counted: {reason}",)
-
-
-def _input_notes(inputs: Inputs) -> list[str]:
-    notes = [f"the batch size is fixed: {inputs.reason}"] if inputs.reason else []
-    notes += [f"input {constant} is no tensor: the graph holds this value" for constant in inputs.constants]
-    pairs = [inputs.names[i] for i in sorted(inputs.complexes)]
-    notes += [f"input `{name}` is complex: the file takes pairs (real, imaginary) on a last axis" for name in pairs]
-    whole = [n for n, t in zip(inputs.names, inputs.tensors, strict=True) if not t.is_floating_point()]
-    return notes + [f"input `{name}` was verified on values of the example only" for name in whole]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -107,8 +108,10 @@ def check_zeros(placement: Placement, alive: Array, stored: Array) -> None:
         )
 
 
-def check_file(proto: Any, places: Sequence[Placement], weights: Mapping[str, MaskedWeight]) -> None:
-    """Check the zeros once more, in the message that is written.
+def check_file(
+    proto: Any, places: Sequence[Placement], weights: Mapping[str, MaskedWeight], folder: Path | None = None
+) -> None:
+    """Check the zeros once more, in the message that is written; `folder` is where files of its weights lie.
 
     Raises:
         ExportError: a dead entry is not zero, or an initializer is gone.
@@ -119,7 +122,7 @@ def check_file(proto: Any, places: Sequence[Placement], weights: Mapping[str, Ma
     for place in places:
         if place.initializer not in tensors:
             raise ExportError(f"`{place.weight}`: initializer `{place.initializer}` is not in the file")
-        stored = numpy_helper.to_array(tensors[place.initializer])
+        stored = numpy_helper.to_array(tensors[place.initializer], base_dir=str(folder or ""))
         check_zeros(place, weights[place.weight].mask.numpy(), stored)
 
 

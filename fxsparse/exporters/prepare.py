@@ -13,13 +13,13 @@ from torch.overrides import TorchFunctionMode
 
 from fxsparse.errors import ConfigError, ExportError, FxSparseError
 from fxsparse.exporters import switches
+from fxsparse.exporters.axes import Axes, with_axes
 from fxsparse.exporters.inputs import Inputs, read_inputs
 from fxsparse.exporters.outputs import Outputs, flatten_outputs, output_names, output_notes
+from fxsparse.exporters.targets import Dynamic
 from fxsparse.graph import isolated_clone
 from fxsparse.nn import MaskedWeight, check_mask_edit, masked_weights
 from fxsparse.planning import finalize
-
-_LARGEST = 2**31 - 1  # bytes that one protobuf message can hold
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,8 +28,8 @@ class Subject:
 
     Attributes:
         masked: a private copy with its masks, in eval mode on the CPU: what the file must compute.
-        folded: the same without masks; it shares the parameters of `masked`, dead entries are zeros.
-        weights: the masked weights by name.
+        folded: the same without masks, or a smaller model that computes the same: what is exported.
+        weights: the masked weights of `folded` (before it was folded), by name.
         inputs: the example.
         outputs: names of the outputs, each with its number of axes.
         switches: what was set on both copies.
@@ -52,8 +52,21 @@ class Subject:
         return copy, done + ((switches.EXPLICIT_ATTENTION,) if fused else ()), fused
 
 
-def prepare(model: nn.Module, example_inputs: Any) -> Subject:
-    """Copy `model`, fold its masks, run it once.
+def fold(masked: nn.Module) -> nn.Module:
+    """A copy in eval mode without masks; it shares the parameters, dead entries are zeros.
+
+    Raises:
+        ExportError: when the masks cannot be folded.
+    """
+    try:
+        copy = isolated_clone(masked)
+        return (finalize(copy, inplace=True) if masked_weights(masked) else copy).eval()
+    except FxSparseError as error:
+        raise ExportError(f"the masks cannot be folded: {error}") from error
+
+
+def prepare(model: nn.Module, example_inputs: Any, dynamic: Axes = Dynamic.BATCH) -> Subject:
+    """Copy `model`, fold its masks, run it once; `dynamic` says which axes of its inputs are free.
 
     Raises:
         ExportError: what keeps the model from being exported whatever the exporter.
@@ -70,14 +83,12 @@ def prepare(model: nn.Module, example_inputs: Any) -> Subject:
     if uncached:
         outputs = _run(masked, inputs)
     weights = masked_weights(masked)
-    try:
-        folded = finalize(isolated_clone(masked), inplace=True) if weights else isolated_clone(masked)
-    except FxSparseError as error:
-        raise ExportError(f"the masks cannot be folded: {error}") from error
+    folded = fold(masked)
+    inputs = with_axes(masked, inputs, dynamic)
     names = output_names(outputs, [*inputs.names, *folded.state_dict(keep_vars=True)])
     return Subject(
         masked=masked,
-        folded=folded.eval(),
+        folded=folded,
         weights=weights,
         inputs=inputs,
         outputs=dict(zip(names, (tensor.ndim for tensor in outputs.tensors.values()), strict=True)),
@@ -97,9 +108,6 @@ def _check_exportable(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not bool(parameter.detach().isfinite().all()):
             raise ExportError(f"parameter `{name}` holds NaN or infinity: export an earlier state of the training")
-    size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    if size > _LARGEST:
-        raise ExportError(f"the model holds {size:,} bytes, one ONNX file at most {_LARGEST:,}: export its parts alone")
 
 
 def _run(model: nn.Module, inputs: Inputs) -> Outputs:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fxsparse.errors import ExportError
 from fxsparse.exporters.causes import reason_of
-from fxsparse.exporters.inputs import Inputs
+from fxsparse.exporters.inputs import BATCH, Inputs
 from fxsparse.exporters.outputs import flatten_outputs
 from fxsparse.exporters.switches import ExplicitAttention
 from fxsparse.graph import preserved_rng
@@ -28,7 +28,6 @@ MODULE_KEY = "fxsparse.module"
 
 _PREFIX = "model."
 _LOGGERS = ("torch.onnx", "torch.export", "torch._dynamo", "torch.fx", "onnxscript", "onnx_ir")
-_BATCH = "batch"
 
 
 class Flat(nn.Module):
@@ -64,7 +63,7 @@ def export_program(
 
     Args:
         model: the model.
-        inputs: the example; its batch is dynamic in the file when it has one.
+        inputs: the example; its batch and its other free axes are dynamic in the file.
         outputs: names of the outputs, each with its number of axes.
         opset: operator set of the file, None for torch's default.
         explicit: whether scaled dot-product attention is written out.
@@ -75,9 +74,9 @@ def export_program(
     Raises:
         ExportError: when torch cannot export the model, or not in this `opset`.
     """
-    size = max(2, inputs.batch)  # torch.export takes a size of 1 for a constant
-    tensors = inputs.resized(size) if inputs.batched else [tensor.clone() for tensor in inputs.tensors]
-    shapes = tuple({0: _BATCH} if i in inputs.batched else None for i in range(len(tensors)))
+    tensors, size = example_of(inputs)
+    axes = inputs.axes()
+    shapes = tuple(axes.get(i) for i in range(len(tensors)))
     options: dict[str, Any] = {} if opset is None else {"opset_version": opset}
     try:
         with quiet(), preserved_rng(), torch.no_grad():
@@ -90,15 +89,21 @@ def export_program(
                 external_data=False,
                 input_names=list(inputs.names),
                 output_names=list(outputs),
-                dynamic_shapes=(shapes,) if inputs.batched else None,
+                dynamic_shapes=(shapes,) if axes else None,
                 **options,
             )
     except Exception as error:  # torch and onnxscript raise whatever they meet
         raise ExportError(reason_of(error, model)) from error
-    if inputs.batched and not _is_dynamic(program, inputs):
-        raise ExportError(f"torch.export found that the model works at batch size {size} only")
+    _check_dynamic(program, inputs, size)
     strip_prefix(program.model)
     return program
+
+
+def example_of(inputs: Inputs) -> tuple[list[Tensor], int]:
+    """The example as an exporter needs it, and its batch size: a free axis of size 1 would be taken for a constant."""
+    wide = inputs.at({name: max(2, size) for name, size in inputs.lengths().items()})
+    size = max(2, inputs.batch)
+    return (wide.resized(size) if inputs.batched else [tensor.clone() for tensor in wide.tensors]), size
 
 
 def check_opset(opset: int | None) -> None:
@@ -136,9 +141,14 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _is_dynamic(program: Any, inputs: Inputs) -> bool:
+def _check_dynamic(program: Any, inputs: Inputs, size: int) -> None:
     graph_inputs = {value.name: value for value in program.model.graph.inputs}
-    return all(not isinstance(graph_inputs[inputs.names[i]].shape[0], int) for i in inputs.batched)
+    for i, axes in inputs.axes().items():
+        for axis, name in axes.items():
+            found = graph_inputs[inputs.names[i]].shape[axis]
+            if isinstance(found, int):
+                said = f"batch size {size}" if name == BATCH else f"{found} for axis `{name}`"
+                raise ExportError(f"torch.export found that the model works at {said} only")
 
 
 def strip_prefix(model: Any) -> None:
@@ -151,17 +161,21 @@ def strip_prefix(model: Any) -> None:
 def tidy(proto: Any, inputs: Inputs) -> None:
     """Leave in a model only what its reader needs.
 
-    The batch axis is called "batch" everywhere. The exporter's notes on nodes and values go: they hold source lines and
-    paths of this machine; a node keeps the path of its module as `MODULE_KEY`.
+    The free axes have their own names everywhere, "batch" for one. The exporter's notes on nodes and values go: they
+    hold source lines and paths of this machine; a node keeps the path of its module as `MODULE_KEY`.
     """
-    batched = {inputs.names[i] for i in inputs.batched}
-    symbols = {v.type.tensor_type.shape.dim[0].dim_param for v in proto.graph.input if v.name in batched}
+    names = {inputs.names[i]: axes for i, axes in inputs.axes().items()}
+    symbols = {
+        value.type.tensor_type.shape.dim[axis].dim_param: name
+        for value in proto.graph.input
+        for axis, name in names.get(value.name, {}).items()
+    }
     for graph in _graphs(proto.graph):
         for value in (*graph.input, *graph.output, *graph.value_info):
             value.ClearField("metadata_props")
             for dimension in value.type.tensor_type.shape.dim:
                 if dimension.dim_param in symbols:
-                    dimension.dim_param = _BATCH
+                    dimension.dim_param = symbols[dimension.dim_param]
         for node in graph.node:
             scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "[]")
             paths = [scope for scope in ast.literal_eval(scopes)[:-1] if scope.startswith(_PREFIX)]

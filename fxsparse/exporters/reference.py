@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fxsparse.errors import ConfigError, ExportError
+from fxsparse.errors import ConfigError, DataError, ExportError
 from fxsparse.exporters.inputs import Inputs, first_line
 from fxsparse.exporters.program import Flat
 from fxsparse.graph import isolated_clone, preserved_rng
@@ -101,6 +101,7 @@ def reference(model: nn.Module, inputs: Inputs, options: Verification) -> Refere
         private = isolated_clone(model)
         sizes, notes = _sizes(private, inputs, options)
         tensors, own, close = _draw(private, inputs, sizes, options)
+        notes += _draw_lengths(private, inputs, sizes, options, tensors, own)
         _check_repeats(own[0], _run(private, inputs, tensors[0]))
         exact, dtype = _exact(private, inputs, tensors, options.seed)
     _check_finite(exact)
@@ -111,6 +112,30 @@ def reference(model: nn.Module, inputs: Inputs, options: Verification) -> Refere
         Case(each, size_of(inputs, each), mine, other) for each, mine, other in zip(tensors, own, exact, strict=True)
     ]
     return Reference(inputs, tuple(cases), dtype, tuple(notes))
+
+
+def outputs_on(model: nn.Module, inputs: Inputs, batches: Sequence[list[Tensor]]) -> tuple[list[list[Any]], str]:
+    """What `model` computes on given inputs: in float64, else in its own precision; and which of both.
+
+    Raises:
+        DataError: the model fails on an item.
+    """
+    with preserved_rng():
+        private = isolated_clone(model)
+        try:
+            wide = private.double()
+            doubled = [[t.double() if t.is_floating_point() else t for t in tensors] for tensors in batches]
+            return [_run(wide, inputs, tensors) for tensors in doubled], "float64"
+        except Exception:  # a forward that names its dtype fails in another
+            own = isolated_clone(model)
+        found = []
+        for i, tensors in enumerate(batches):
+            try:
+                found.append(_run(own, inputs, tensors))
+            except Exception as error:  # whatever the user's forward raises is the reason
+                said = f"the model fails on item {i} of the data ({first_line(error)}): give inputs that it takes"
+                raise DataError(said) from error
+        return found, "same-precision"
 
 
 class _Decisions(TorchFunctionMode):
@@ -191,6 +216,30 @@ def _draw(
                     close += given is near
                     break
     return tensors, own, close
+
+
+def _draw_lengths(
+    model: nn.Module,
+    inputs: Inputs,
+    sizes: Sequence[int],
+    options: Verification,
+    tensors: list[list[Tensor]],
+    own: list[list[Any]],
+) -> list[str]:
+    """Add runs at other sizes of the free axes, one axis after the other; notes where the model fails there."""
+    notes = []
+    batches = list(dict.fromkeys(sizes))[:2]
+    few = replace(options, draws=min(2, options.draws))
+    for name, size in inputs.lengths().items():
+        for other in dict.fromkeys(max(1, each) for each in (size + 1, size - 1, size // 2, 2 * size)):
+            try:
+                more, outputs, _ = _draw(model, inputs.at({name: other}), batches, few)
+            except Exception as error:  # whatever the user's forward raises is the reason
+                notes.append(f"not verified at {other} for axis `{name}`, where the model fails: {first_line(error)}")
+                continue
+            tensors += more
+            own += outputs
+    return notes
 
 
 def _tried(model: nn.Module, inputs: Inputs, tensors: Sequence[Tensor]) -> list[Any] | None:

@@ -98,7 +98,7 @@ def verify(session: Any, expected: Reference, tolerance: float | None = None) ->
     """
     names = [value.name for value in session.get_outputs()]
     _check_structure(expected.cases, names)
-    found = [_run_session(session, expected.inputs, case.tensors) for case in expected.cases]
+    found = [run_session(session, expected.inputs, case.tensors) for case in expected.cases]
     kept = _comparable(found, expected.cases, names)
     strict = all(not run.loose for run in kept)
     tolerance = tolerance if strict or tolerance is not None else _LARGEST
@@ -126,7 +126,8 @@ def _check_structure(cases: Sequence[Case], names: Sequence[str]) -> None:
             )
 
 
-def _run_session(session: Any, inputs: Inputs, tensors: Sequence[Tensor]) -> list[Any]:
+def run_session(session: Any, inputs: Inputs, tensors: Sequence[Tensor]) -> list[Any]:
+    """The outputs of a session; ExportError where onnxruntime stops."""
     try:
         return list(session.run(None, feed_of(session, inputs, tensors)))
     except Exception as error:  # onnxruntime's errors share no base class
@@ -196,12 +197,13 @@ def _check_shapes(names: Sequence[str], got: list[Any], case: Case) -> None:
 
 
 def _free_lengths(cases: Sequence[Case]) -> set[int]:
-    """Positions of the outputs whose shape depends on values: it differs at one batch size."""
-    shapes: dict[tuple[int, int], set[tuple[int, ...]]] = {}
+    """Positions of the outputs whose shape depends on values: it differs for inputs of the same shapes."""
+    shapes: dict[tuple[tuple[tuple[int, ...], ...], int], set[tuple[int, ...]]] = {}
     for case in cases:
+        given = tuple(tuple(tensor.shape) for tensor in case.tensors)
         for outputs in (case.own, case.exact):
             for i, output in enumerate(outputs):
-                shapes.setdefault((case.size, i), set()).add(output.shape)
+                shapes.setdefault((given, i), set()).add(output.shape)
     return {i for (_, i), found in shapes.items() if len(found) > 1}
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 
 from fxsparse.graph.channels_atoms import Barrier, Dims, Labels, Relation
-from fxsparse.graph.channels_flow import Flow, op_of, shape_of
+from fxsparse.graph.channels_flow import Flow, bound, op_of, shape_of
 from fxsparse.graph.channels_groups import ChannelGroup as ChannelGroup
 from fxsparse.graph.channels_groups import Member as Member
 from fxsparse.graph.channels_groups import channel_groups, fixed_classes
@@ -130,8 +130,23 @@ def analyse(
                 flow.atoms.unite(a, b)
     classes = flow.atoms.classes()
     fixed, reasons = fixed_classes(flow.atoms, classes)
-    groups = channel_groups(flow, sources, classes, fixed, reasons)
+    groups = channel_groups(flow, sources, classes, fixed, reasons, _roles((graph, *others)))
     return Channels(graph, groups, tuple(flow.barriers), classes, fixed, reasons, flow, sources, others)
+
+
+def _roles(graphs: tuple[OperatorGraph, ...]) -> dict[str, str]:
+    """How each parameter or buffer is read by its first reader."""
+    roles: dict[str, str] = {}
+    for graph in graphs:
+        for node in graph.graph.find_nodes(op="get_attr"):
+            name = graph.source(node)
+            if name is None or name in roles:
+                continue
+            user = next((user for user in node.users if isinstance(user.target, torch._ops.OpOverload)), None)
+            if user is not None:
+                argument = next((key for key, value in bound(user).items() if value is node), "")
+                roles[name] = f"{op_of(user)}.{argument}"
+    return roles
 
 
 def _dims(flow: Flow, graph: OperatorGraph, node: fx.Node, sources: dict[str, Dims]) -> Any:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from fxsparse.graph.channels_atoms import FIXED, Atoms, Barrier, Dims, Labels, Relation
-from fxsparse.graph.channels_flow import Flow, op_of
+from fxsparse.graph.channels_flow import Flow, Mixing, op_of
 
 Place = tuple[str, int, int]
 """A parameter, a dimension, an index."""
@@ -25,11 +25,13 @@ class Member:
         parameter: its first name.
         dim: the dimension.
         indices: for each channel of the group the indices that go with it, in order.
+        role: how it is read, as "operator.argument" ("conv2d.weight"); of several readers the first one's.
     """
 
     parameter: str
     dim: int
     indices: tuple[tuple[int, ...], ...]
+    role: str = ""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class ChannelGroup:
         members: what goes with them.
         prunable: whether they can be removed at all.
         reason: where not, the barrier; where they can, but other values change, which operators read them together.
+        mixed: how those read them: "norm", "sum", "softmax"...; a "sum" does not miss channels that are zero.
+        classes: for each channel its own class (of `Channels.classes`), and those of everything that goes with it.
     """
 
     id: int
@@ -49,6 +53,8 @@ class ChannelGroup:
     members: tuple[Member, ...]
     prunable: bool
     reason: str = ""
+    mixed: frozenset[str] = frozenset()
+    classes: tuple[Labels, ...] = field(default=(), repr=False, compare=False)
 
     def __str__(self) -> str:
         shown = ", ".join(f"{m.parameter}[{m.dim}]" for m in self.members[:6])
@@ -109,45 +115,55 @@ def channel_groups(
     classes: Labels,
     fixed: npt.NDArray[np.bool_],
     reasons: Mapping[int, Barrier],
+    roles: Mapping[str, str],
 ) -> tuple[ChannelGroup, ...]:
     """The groups of all classes that occur in parameters; those that cannot be pruned as wholes at the end."""
     places, stuck = _places(sources, classes, fixed)
     follow = _followers(flow.atoms, classes)
     products = {int(c) for relation in flow.atoms.relations for c in np.unique(classes[relation.flat])}
-    read = {int(c): mixing for mixing in flow.mixings for c in np.unique(classes[mixing.labels])}
+    read: dict[int, list[Mixing]] = defaultdict(list)
+    for mixing in flow.mixings:
+        for c in np.unique(classes[mixing.labels]):
+            read[int(c)].append(mixing)
     axes = _axes(flow.atoms, classes)
-    alike: dict[_Kind, list[dict[tuple[str, int], list[int]]]] = defaultdict(list)
-    notes: dict[_Kind, str] = {}
+    alike: dict[_Kind, list[tuple[dict[tuple[str, int], list[int]], list[int]]]] = defaultdict(list)
     for label in sorted({*places, *follow} - products):
         if fixed[label]:
             continue
         channel: dict[tuple[str, int], list[int]] = defaultdict(list)
-        for each in _closure(label, follow):
+        closure = [label, *sorted(_closure(label, follow) - {label})]
+        for each in closure:
             for name, dim, index in places.get(each, ()):
                 channel[name, dim].append(index)
-        if not channel:
-            continue
-        shape = tuple(sorted((name, dim, len(indices)) for (name, dim), indices in channel.items()))
-        key = (axes.get(label, ()), shape)
-        alike[key].append(channel)
-        if label in read:
-            mixing = read[label]
-            where = f"`{mixing.node.meta.get('path', '')}`" if mixing.node.meta.get("path") else "the model"
-            notes[key] = f"read together by {op_of(mixing.node)} in {where}"
+        if channel:
+            shape = tuple(sorted((name, dim, len(indices)) for (name, dim), indices in channel.items()))
+            alike[axes.get(label, ()), shape].append((channel, closure))
     groups: list[ChannelGroup] = []
     for key, held in alike.items():
         members = tuple(
-            Member(name, dim, tuple(tuple(sorted(channel[name, dim])) for channel in held)) for name, dim, _ in key[1]
+            Member(name, dim, tuple(tuple(sorted(channel[name, dim])) for channel, _ in held), roles.get(name, ""))
+            for name, dim, _ in key[1]
         )
-        groups.append(ChannelGroup(len(groups), len(held), members, True, notes.get(key, "")))
+        reading = {id(m): m for _, closure in held for label in closure for m in read.get(label, ())}
+        closures = tuple(np.array(closure, dtype=np.int64) for _, closure in held)
+        mixed = frozenset(mixing.kind for mixing in reading.values())
+        note = _note(next(iter(reading.values()))) if reading else ""
+        groups.append(ChannelGroup(len(groups), len(held), members, True, note, mixed, closures))
     for (name, dim), labels in stuck.items():
         if (labels == FIXED).all():  # no channels
             continue
         barrier = next((reasons[int(c)] for c in labels if int(c) in reasons), None)
         indices = tuple((int(i),) for i in np.flatnonzero(fixed[classes[_labels(sources, name, dim)]]))
         reason = str(barrier) if barrier is not None else "of fixed size"
-        groups.append(ChannelGroup(len(groups), len(indices), (Member(name, dim, indices),), False, reason))
+        groups.append(
+            ChannelGroup(len(groups), len(indices), (Member(name, dim, indices, roles.get(name, "")),), False, reason)
+        )
     return tuple(groups)
+
+
+def _note(mixing: Mixing) -> str:
+    where = f"`{mixing.node.meta.get('path', '')}`" if mixing.node.meta.get("path") else "the model"
+    return f"read together by {op_of(mixing.node)} in {where}"
 
 
 def _labels(sources: Mapping[str, Dims], name: str, dim: int) -> Labels:

@@ -167,6 +167,9 @@ def _norm_channels(flow: Flow, node: fx.Node) -> Any:
     """BatchNorm and InstanceNorm: parameters and statistics along axis 1."""
     a = bound(node)
     dims = list(flow.of(a["input"]))
+    if a.get("training") or a.get("train"):
+        for labels in (*dims[:1], *dims[2:]):
+            flow.mix(node, labels, "norm", a["input"])
     for name in ("weight", "bias", "running_mean", "running_var"):
         if isinstance(a.get(name), fx.Node) and len(dims) > 1:
             dims[1] = flow.unite(node, dims[1], flow.of(a[name])[0])
@@ -290,6 +293,16 @@ def _embedding(flow: Flow, node: fx.Node) -> Any:
     return (*(None for _ in shape_of(a["indices"])), weight[1])
 
 
+def _embedding_bag(flow: Flow, node: fx.Node) -> Any:
+    a = bound(node)
+    weight = flow.of(a["weight"])
+    flow.freeze(node, weight[0], "is indexed by values")
+    for name in ("indices", "offsets", "per_sample_weights"):
+        for labels in flow.of(a.get(name)):
+            flow.freeze(node, labels, "holds indices")
+    return [(None, weight[1]), *[(None,)] * 3]
+
+
 def _glu(flow: Flow, node: fx.Node) -> Any:
     a = bound(node)
     dims = list(flow.of(a["self"]))
@@ -381,6 +394,7 @@ RULES: dict[str, Rule] = {
     ),
     **dict.fromkeys(("_weight_norm", "_weight_norm_interface"), _weight_norm),
     "embedding": _embedding,
+    **dict.fromkeys(("embedding_bag", "_embedding_bag", "_embedding_bag_forward_only"), _embedding_bag),
     "glu": _glu,
     "prelu": _prelu,
     "_prelu_kernel": _prelu,

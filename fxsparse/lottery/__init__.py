@@ -37,6 +37,10 @@ from fxsparse.lottery.prune import prune_layerwise as prune_layerwise
 from fxsparse.lottery.records import Origin as Origin
 from fxsparse.lottery.records import Progress as Progress
 from fxsparse.lottery.records import Round as Round
+from fxsparse.lottery.regroup import Projection as Projection
+from fxsparse.lottery.regroup import RegroupReport as RegroupReport
+from fxsparse.lottery.regroup import regroup as regroup
+from fxsparse.lottery.regroup_ticket import regroup_ticket as regroup_ticket
 from fxsparse.lottery.rewind import DataOrder as DataOrder
 from fxsparse.lottery.rewind import Rewind as Rewind
 from fxsparse.lottery.rewind import RewindOptimizer as RewindOptimizer

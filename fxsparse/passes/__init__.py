@@ -14,6 +14,13 @@ from fxsparse.passes.infra import PipelineResult as PipelineResult
 from fxsparse.passes.infra import Record as Record
 from fxsparse.passes.infra import Stage as Stage
 from fxsparse.passes.insert_masks import InsertMasks as InsertMasks
+from fxsparse.passes.instrument_fisher import InstrumentFisher as InstrumentFisher
+from fxsparse.passes.instrument_fisher import RemoveFisher as RemoveFisher
+from fxsparse.passes.lower_forms import Form as Form
+from fxsparse.passes.lower_forms import LayerRecord as LayerRecord
+from fxsparse.passes.lower_forms import LoweringResult as LoweringResult
+from fxsparse.passes.lower_shared_support import legal_forms as legal_forms
+from fxsparse.passes.lower_shared_support import lower_shared_support as lower_shared_support
 from fxsparse.passes.mask_effective import MaskEffective as MaskEffective
 from fxsparse.passes.mask_parameters import MaskParameters as MaskParameters
 from fxsparse.passes.snapshot import graphs_of as graphs_of

@@ -17,7 +17,7 @@ from fxsparse.nn.masked import beside_mask, bind_guard, mask_name, mask_of, row_
 from fxsparse.nn.slot import slots_of
 from fxsparse.nn.spec import MaskSpec
 from fxsparse.passes.compact_solve import Merge
-from fxsparse.passes.places import replace_parameter
+from fxsparse.passes.places import _replace_in_attributes
 from fxsparse.sparsity import Unstructured
 
 Indices = npt.NDArray[np.int64]
@@ -45,28 +45,53 @@ def shorten(
     for (name, dim), indices in kept.items():
         by_name.setdefault(name, {})[dim] = indices
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    holders = _holders(model)
     for merge in merges:
-        _merge(model, parameters[merge.weight], merge)
-    _fold(model, parameters, buffers, folds)
+        _merge(parameters[merge.weight], merge, holders)
+    _fold(parameters, buffers, folds, holders)
+    shorter: dict[int, nn.Parameter] = {}
+    loosened: list[str] = []
+    done: dict[int, tuple[Tensor, Tensor]] = {}  # the old ones, too: else another tensor might get their id
     for name, dims in by_name.items():
         if name in buffers:
-            _replace_buffer(model, buffers[name], narrowed(buffers[name], dims))
-    loosened: list[str] = []
-    done: dict[int, Tensor] = {}
-    for name, dims in by_name.items():
-        if name not in parameters:
-            continue
-        old = parameters[name]
-        fresh = nn.Parameter(narrowed(old.detach(), dims), requires_grad=old.requires_grad)
-        fresh.__dict__.update(old.__dict__)
-        holders = [(m, a) for m in model.modules() for a, p in m._parameters.items() if p is old]
-        replace_parameter(model, old, fresh)
-        for module, attribute in holders:
-            if attribute in slots_of(module) and _shorten_mask(module, attribute, old.shape, dims, done):
-                loosened.append(name)
+            buffer = buffers[name]
+            for module, attribute in holders[id(buffer)]:
+                module._buffers[attribute] = _once(buffer, dims, done)
+        else:
+            old = parameters[name]
+            shape, shorter[id(old)] = old.shape, _shortened(old, dims)
+            for module, attribute in holders[id(old)]:
+                module._parameters[attribute] = shorter[id(old)]
+                if attribute in slots_of(module) and _shorten_mask(module, attribute, shape, dims, done):
+                    loosened.append(name)
+    _replace_in_attributes(model, shorter)
     for module in model.modules():
         describe(module)
     return tuple(dict.fromkeys(loosened))
+
+
+def _once(buffer: Tensor, dims: Mapping[int, Indices], done: dict[int, tuple[Tensor, Tensor]]) -> Tensor:
+    """The buffer shortened; the same one for all who share it."""
+    if id(buffer) not in done:
+        done[id(buffer)] = buffer, narrowed(buffer, dims)
+    return done[id(buffer)][1]
+
+
+def _holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """The modules and attributes that hold each parameter and buffer, by its id."""
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
+            holders.setdefault(id(tensor), []).append((module, attribute))
+    return holders
+
+
+def _shortened(old: nn.Parameter, dims: Mapping[int, Indices]) -> nn.Parameter:
+    """A shorter parameter; the old one stays, without its memory, so that whoever holds it can be found."""
+    fresh = nn.Parameter(narrowed(old.detach(), dims), requires_grad=old.requires_grad)
+    fresh.__dict__.update(old.__dict__)
+    old.data = old.data.new_empty(0)
+    return fresh
 
 
 def narrowed(tensor: Tensor, dims: Mapping[int, Indices]) -> Tensor:
@@ -80,44 +105,39 @@ def narrowed(tensor: Tensor, dims: Mapping[int, Indices]) -> Tensor:
 
 
 def _fold(
-    model: nn.Module,
     parameters: Mapping[str, nn.Parameter],
     buffers: Mapping[str, Tensor],
     folds: Mapping[str, npt.NDArray[np.float64]],
+    holders: Mapping[int, Sequence[tuple[nn.Module, str]]],
 ) -> None:
     for name, delta in folds.items():
         target = parameters[name] if name in parameters else buffers[name]
         target.copy_(target.double() + torch.from_numpy(delta).to(target.device))
-        for module in model.modules():
-            for attribute, parameter in module._parameters.items():
-                if parameter is target and attribute in slots_of(module):
-                    mask_of(module, attribute).logical_or_(torch.from_numpy(delta != 0).to(target.device))
+        for module, attribute in holders[id(target)]:
+            if attribute in slots_of(module):
+                mask_of(module, attribute).logical_or_(torch.from_numpy(delta != 0).to(target.device))
 
 
-def _merge(model: nn.Module, weight: nn.Parameter, merge: Merge) -> None:
+def _merge(weight: nn.Parameter, merge: Merge, holders: Mapping[int, Sequence[tuple[nn.Module, str]]]) -> None:
     sources = torch.from_numpy(merge.sources).to(weight.device)
     factors = torch.from_numpy(merge.factors).to(weight.device)
     part = weight.data if merge.rows is None else weight.data[merge.rows[0] : merge.rows[1]]
     moved = part.index_select(merge.axis, sources).double().movedim(merge.axis, -1) @ factors
     part.select(merge.axis, merge.target).add_(moved.to(part.dtype))
-    for module in model.modules():
-        for attribute, parameter in module._parameters.items():
-            if parameter is weight and attribute in slots_of(module):
-                mask = mask_of(module, attribute)
-                mask = mask if merge.rows is None else mask[merge.rows[0] : merge.rows[1]]
-                alive = mask.index_select(merge.axis, sources).any(merge.axis)
-                mask.select(merge.axis, merge.target).logical_or_(alive)
-
-
-def _replace_buffer(model: nn.Module, old: Tensor, new: Tensor) -> None:
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is old:
-                module._buffers[name] = new
+    for module, attribute in holders[id(weight)]:
+        if attribute in slots_of(module):
+            mask = mask_of(module, attribute)
+            mask = mask if merge.rows is None else mask[merge.rows[0] : merge.rows[1]]
+            alive = mask.index_select(merge.axis, sources).any(merge.axis)
+            mask.select(merge.axis, merge.target).logical_or_(alive)
 
 
 def _shorten_mask(
-    module: nn.Module, attribute: str, shape: torch.Size, dims: Mapping[int, Indices], done: dict[int, Tensor]
+    module: nn.Module,
+    attribute: str,
+    shape: torch.Size,
+    dims: Mapping[int, Indices],
+    done: dict[int, tuple[Tensor, Tensor]],
 ) -> bool:
     """Shorten a mask with what belongs to it; returns whether its pattern had to be given up."""
     slot = slots_of(module)[attribute]
@@ -125,7 +145,7 @@ def _shorten_mask(
     for name in names:
         buffer = module._buffers[name]
         if buffer is not None and buffer.shape == shape:  # else it is a value of the graph, and short already
-            module._buffers[name] = done.setdefault(id(buffer), narrowed(buffer, dims))
+            module._buffers[name] = _once(buffer, dims, done)
     loosened = not _legal(slot.spec, mask_of(module, attribute))
     if loosened:
         order = row_order_name(attribute)

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,7 @@ from fxsparse.passes.compact_apply import shorten
 from fxsparse.passes.compact_constants import propagate
 from fxsparse.passes.compact_shapes import rewrite
 from fxsparse.passes.compact_solve import NOTHING, Place, Solution, Solver
-from fxsparse.passes.compact_verify import difference, outputs, owned_copy
+from fxsparse.passes.compact_verify import difference, outputs, owned_copy, release, sweep
 
 TOLERANCE = 1e-12
 """Permitted difference of an output in float64, relative to its largest value."""
@@ -78,11 +78,24 @@ class Compacted:
     notes: tuple[str, ...] = ()
 
 
-def compact_channels(model: nn.Module, folded: nn.Module, example_inputs: Any) -> Compacted:
+def compact_channels(
+    model: nn.Module,
+    folded: nn.Module,
+    example_inputs: Any,
+    only: Mapping[Place, Sequence[int]] | None = None,
+    channels: Channels | None = None,
+) -> Compacted:
     """Take the channels out of `model` that `folded`, the same model without masks, shows to be superfluous.
 
     Both stay as they are. An error inside the analysis leaves the dimension that it was about whole, or everything,
     with a warning.
+
+    Args:
+        model: the model, with masks or without.
+        folded: the same without masks.
+        example_inputs: a tuple of positional inputs, or ``(args, kwargs)``.
+        only: the only indices of dimensions that may go; None = all.
+        channels: the channels, where they have been analysed.
 
     Raises:
         CaptureError: when the model cannot be run.
@@ -90,9 +103,12 @@ def compact_channels(model: nn.Module, folded: nn.Module, example_inputs: Any) -
         PassError: when the model does not repeat itself.
     """
     args, kwargs = split_inputs(example_inputs)
-    graph = operator_graph(folded, example_inputs, routes=("recorder",))
+    graph = _graph(folded, example_inputs) if channels is None else channels.graph
     try:
-        solver = _solver(folded, example_inputs, graph)
+        found = channels or _analysed(folded, example_inputs, graph)
+        solver = _solver(folded, found, only)
+        del folded  # the search needs no second copy of the model
+        sweep(model)
         return _Search(model, solver, args, kwargs).run()
     except FxSparseError:
         raise
@@ -100,11 +116,30 @@ def compact_channels(model: nn.Module, folded: nn.Module, example_inputs: Any) -
         return Compacted(owned_copy(model), NOTHING, refused=(Refused((), mishap("the analysis", error)),))
 
 
-def _solver(folded: nn.Module, example_inputs: Any, graph: OperatorGraph) -> Solver:
-    channels = analyse(graph, closed_paths(folded), _train_graphs(folded, example_inputs, graph), _read_masks(folded))
+def analysed(folded: nn.Module, example_inputs: Any) -> Channels:
+    """The channels of a model without masks, in both modes.
+
+    Raises:
+        CaptureError: when the model cannot be run.
+    """
+    return _analysed(folded, example_inputs, _graph(folded, example_inputs))
+
+
+def _graph(folded: nn.Module, example_inputs: Any) -> OperatorGraph:
+    sweep(folded)
+    graph = operator_graph(folded, example_inputs, routes=("recorder",))
+    sweep(folded)
+    return graph
+
+
+def _analysed(folded: nn.Module, example_inputs: Any, graph: OperatorGraph) -> Channels:
+    return analyse(graph, closed_paths(folded), _train_graphs(folded, example_inputs, graph), _read_masks(folded))
+
+
+def _solver(folded: nn.Module, channels: Channels, only: Mapping[Place, Sequence[int]] | None) -> Solver:
     tensors = {**dict(folded.named_parameters()), **dict(folded.named_buffers())}
     known = {node: found for each in channels.graphs for node, found in propagate(each, tensors).items()}
-    return Solver(channels, known)
+    return Solver(channels, known, only)
 
 
 def _read_masks(folded: nn.Module) -> tuple[tuple[str, str], ...]:
@@ -133,22 +168,47 @@ class _Search:
     def __init__(self, model: nn.Module, solver: Solver, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.model, self.solver, self.inputs = model, solver, (args, kwargs)
         self.dtype: torch.dtype | None = torch.float64
-        self.wide, self.expected = self._reference()
+        self.writes = False  # whether a run writes into parameters
+        self.expected: list[Tensor] = []
         self.attempts, self.worst = 0, 0.0
         self.equal: Solution | None = None  # the last one that was found equal
-        self.trained: list[Tensor] | str | None = None
+        self.trained: list[Tensor] | str = ""
         self.train_note = ""
         self.refused: list[Refused] = []
 
-    def _reference(self) -> tuple[nn.Module, list[Tensor]]:
-        """The model and its outputs in float64 where it runs in it, else in its own precision."""
+    def _refer(self) -> None:
+        """Run the model in float64 where it can, else in its own precision, in both modes; it must repeat itself."""
+        worst = 0.0
+        for self.writes in (False, True):
+            wide = self._wide()
+            try:
+                self.expected = self._outputs(wide, False)
+            except Exception:  # whatever a model raises that fixes its dtype
+                self.dtype = None
+                release(wide)
+                wide = self._wide()
+                self.expected = self._again(wide)
+            self._check_finite()
+            worst = difference(self.expected, self._again(wide))
+            if worst <= self._allowed():
+                break
+            release(wide)
+        else:
+            raise PassError(f"compact: the model does not repeat itself from the same seed (by {worst:.3g})")
         try:
-            wide = owned_copy(self.model, self.dtype)
-            return wide, self._outputs(wide, False)
-        except Exception:  # whatever a model raises that fixes its dtype
-            self.dtype = None
-            wide = owned_copy(self.model)
-            return wide, self._again(wide)
+            self.trained = self._outputs(wide, True)
+        except Exception as error:  # a model may have no train mode for these inputs
+            self.trained = f"train mode: the model itself raises {type(error).__name__}"
+        release(wide)
+
+    def _check_finite(self) -> None:
+        for index, output in enumerate(self.expected):
+            if output.is_floating_point() and not bool(torch.isfinite(output).any()) and output.numel():
+                raise DataError(f"output {index} holds no finite number, so equality cannot be shown: mend the model")
+
+    def _wide(self) -> nn.Module:
+        """A copy of the model in the precision of the comparison."""
+        return owned_copy(self.model, self.dtype)
 
     def _again(self, model: nn.Module) -> list[Tensor]:
         """Outputs in eval mode of a model that has run before."""
@@ -158,14 +218,14 @@ class _Search:
             raise CaptureError(f"the model does not run twice: {type(error).__name__}: {_first_line(error)}") from error
 
     def _outputs(self, model: nn.Module, training: bool) -> list[Tensor]:
-        return outputs(model, *self.inputs, training, self.dtype)
+        return outputs(model, *self.inputs, training, self.dtype, self.writes)
 
     def run(self) -> Compacted:
         """Solve, try, and search for what fails."""
         solution = self.solver.solve()
         if not solution.kept:
             return self._finish(solution)
-        self._check_reference()
+        self._refer()
         error = self._attempt(solution)
         if error is None:
             return self._finish(solution)
@@ -178,14 +238,6 @@ class _Search:
             self._grow(clusters[:middle], clusters, accepted)
             self._grow(clusters[middle:], clusters, accepted)
         return self._finish(self.equal or dataclasses.replace(NOTHING, blocked=solution.blocked))
-
-    def _check_reference(self) -> None:
-        for index, output in enumerate(self.expected):
-            if output.is_floating_point() and not bool(torch.isfinite(output).any()) and output.numel():
-                raise DataError(f"output {index} holds no finite number, so equality cannot be shown: mend the model")
-        worst = difference(self.expected, self._again(self.wide))
-        if worst > self._allowed():
-            raise PassError(f"compact: the model does not repeat itself from the same seed (by {worst:.3g})")
 
     def _allowed(self) -> float:
         if self.dtype is not None:
@@ -222,7 +274,13 @@ class _Search:
     def _attempt(self, solution: Solution) -> str | None:
         """Why the model is not equal without these channels; None where it is."""
         self.attempts += 1
-        candidate = owned_copy(self.wide)
+        candidate = self._wide()
+        try:
+            return self._tried(candidate, solution)
+        finally:
+            release(candidate)
+
+    def _tried(self, candidate: nn.Module, solution: Solution) -> str | None:
         try:
             self._shorten(candidate, solution)
         except Exception as error:
@@ -233,8 +291,6 @@ class _Search:
             return f"{type(error).__name__} ({_first_line(error)})"
         if not worst <= self._allowed():
             return f"the outputs differ by {worst:.3g}"
-        if self.trained is None:
-            self.trained = self._trained()
         if isinstance(self.trained, list):
             try:
                 found = self._outputs(candidate, True)
@@ -243,13 +299,6 @@ class _Search:
             self.train_note = self._train_note(self.trained, found)
         self.worst, self.equal = worst, solution
         return None
-
-    def _trained(self) -> list[Tensor] | str:
-        """The model's outputs in train mode, or why there are none."""
-        try:
-            return self._outputs(self.wide, True)
-        except Exception as error:  # a model may have no train mode for these inputs
-            return f"train mode: the model itself raises {type(error).__name__}"
 
     def _train_note(self, expected: list[Tensor], found: list[Tensor]) -> str:
         """How the two behave in train mode, where constants may be others."""

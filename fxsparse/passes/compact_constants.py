@@ -57,7 +57,6 @@ def _item(several: Mapping[fx.Node, list[Known | None]], node: fx.Node) -> Known
 
 def _static(tensor: Tensor) -> Known:
     value = tensor.detach()
-    value = value.double() if value.is_floating_point() else value
     return Known(value, torch.ones((1,) * value.ndim, dtype=torch.bool).expand(value.shape), static=True)
 
 
@@ -81,8 +80,9 @@ def _apply(node: fx.Node, found: Mapping[fx.Node, Known]) -> Any:
 
 
 def _evaluated(node: fx.Node, found: Mapping[fx.Node, Known]) -> Any:
-    """An operator of parameters only: what it really returns, in float64."""
-    args, kwargs = _filled(node, lambda argument: found[argument].value.clone())
+    """An operator of parameters only: what it really returns, in float64; a move only looks at them."""
+    moves = op_of(node) in (*_MOVES, *_RESHAPES)
+    args, kwargs = _filled(node, lambda argument: found[argument].stored if moves else found[argument].value.clone())
     try:
         result = node.target(*args, **kwargs)  # type: ignore[operator]  # an operator is callable
     except (RuntimeError, NotImplementedError):
@@ -304,10 +304,11 @@ _POOLS = [
 ]
 _ATTENTION = ("scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu")
 _MOVES = "permute transpose t numpy_T mT movedim swapaxes swapdims unsqueeze".split()
+_RESHAPES = "view reshape _unsafe_view flatten unflatten view_as reshape_as".split()
 _RULES: dict[str, Callable[[fx.Node, Mapping[fx.Node, Known]], Any]] = {
     **dict.fromkeys(_IDENTITIES, _identity),
     **dict.fromkeys(_MOVES, _moved),
-    **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as"), _reshape),
+    **dict.fromkeys(_RESHAPES, _reshape),
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _expand),
     **dict.fromkeys(("repeat", "tile"), _repeat),
     "repeat_interleave": _repeat_interleave,
@@ -331,6 +332,7 @@ _RULES: dict[str, Callable[[fx.Node, Mapping[fx.Node, Known]], Any]] = {
     **dict.fromkeys(_ATTENTION, products.attention),
     **dict.fromkeys(("prelu", "_prelu_kernel"), products.prelu),
     "addmm": products.addmm,
+    "einsum": products.einsum,
     "embedding": products.embedding,
     "glu": products.glu,
     "linear": products.linear,

@@ -17,14 +17,20 @@ class Known:
     """What is known of a value.
 
     Attributes:
-        value: the numbers, broadcastable to the value's shape; anything where they are not known.
+        stored: the numbers, broadcastable to the value's shape; anything where they are not known.
         known: bool, of the same shape.
-        static: whether it is made of parameters only; its shape is the whole one then.
+        static: whether it is made of parameters only; its shape is the whole one then, and `stored` may be a parameter
+            itself, in its own precision.
     """
 
-    value: Tensor
+    stored: Tensor
     known: Tensor
     static: bool = False
+
+    @property
+    def value(self) -> Tensor:
+        """The numbers, in float64 where they are floating."""
+        return self.stored.double() if self.static and self.stored.is_floating_point() else self.stored
 
     @property
     def zero(self) -> Tensor:

@@ -41,14 +41,14 @@ def conv(node: fx.Node, found: Mapping[fx.Node, Known]) -> Known | None:
     if weight is None or not weight.static or (isinstance(a["bias"], fx.Node) and bias is None):
         return None
     transposed = bool(a.get("transposed", "transpose" in op_of(node)))
-    x, groups, spatial = or_unknown(a["input"], found), int(a["groups"]), weight.value.ndim - 2
+    x, groups, spatial = or_unknown(a["input"], found), int(a["groups"]), weight.stored.ndim - 2
     if x.value.ndim != spatial + 2 or any(n != 1 for n in x.value.shape[2:]):
         return None
     known = x.known
     if pads(node) or transposed:  # the border sees fewer taps: only zeros stay constant
         known = x.zero
-    taps = tuple(range(2, weight.value.ndim))
-    total, alive = weight.value.sum(taps), (weight.value != 0).any(dim=2)
+    taps = tuple(range(2, weight.stored.ndim))
+    total, alive = weight.stored.sum(taps, dtype=torch.float64), (weight.stored != 0).any(dim=2)
     while alive.ndim > 2:
         alive = alive.any(-1)
     channels = shape_of(a["input"])[1]
@@ -163,6 +163,26 @@ def _product(a: Known, b: Known, inner: int) -> Known:
     x, y = torch.where(a.known, a.value, 0.0), torch.where(b.known, b.value, 0.0)
     unsure = wide(~a.known, left) @ wide(~b.zero, right) + wide(~a.zero, left) @ wide(~b.known, right)
     return Known(wide(x, left) @ wide(y, right), unsure == 0)
+
+
+def einsum(node: fx.Node, found: Mapping[fx.Node, Known]) -> Known | None:
+    """A product of tensors: 0 wherever one of them is, whatever the summed indices are."""
+    equation, operands = str(node.args[0]).replace(" ", ""), tensor_arguments(node)
+    left, _, right = equation.partition("->")
+    terms = left.split(",")
+    if "->" not in equation or "." in equation or any(len(set(term)) != len(term) for term in terms):
+        return None
+    zero = torch.zeros((1,) * len(right), dtype=torch.bool)
+    for term, operand in zip(terms, operands, strict=True):
+        held = get(operand, found)
+        if held is None:
+            continue
+        summed = [axis for axis, letter in enumerate(term) if letter not in right]
+        own = held.zero.all(summed, keepdim=True) if summed else held.zero
+        order = [term.index(letter) for letter in right if letter in term]
+        sizes = {letter: own.shape[axis] for axis, letter in enumerate(term)}
+        zero = zero | own.permute(order + summed).reshape([sizes.get(letter, 1) for letter in right])
+    return Known(torch.zeros(zero.shape, dtype=torch.float64), zero)
 
 
 def addmm(node: fx.Node, found: Mapping[fx.Node, Known]) -> Known | None:

@@ -39,7 +39,8 @@ class Sink:
         inputs: labels of the inputs, (groups, in).
         outputs: labels of the outputs, (groups, out).
         alive: which weights are not zero, (groups, out, in).
-        total: the weights, summed over the taps of a convolution.
+        columns: the inputs that are a constant other than 0 in any group, ascending.
+        total: the weights of those inputs, summed over the taps of a convolution, (groups, out, columns).
         known: which inputs are constant, (groups, in).
         value: those constants.
         fold: where constants go; None = nowhere.
@@ -54,6 +55,7 @@ class Sink:
     inputs: Labels
     outputs: Labels
     alive: Bools
+    columns: npt.NDArray[np.int64]
     total: Floats
     known: Bools
     value: Floats
@@ -132,7 +134,7 @@ class _Finder:
 
     def _static(self, node: fx.Node) -> Tensor | None:
         held = self.found.get(node)
-        return held.value if held is not None and held.static else None
+        return held.stored if held is not None and held.static else None
 
     def _labels(self, node: fx.Node, axis: int) -> Labels:
         labels = self.flow.of(node)[axis]
@@ -201,9 +203,11 @@ class _Finder:
         blocked: str,
     ) -> None:
         flat = taps.reshape(*taps.shape[:3], -1)
-        total = flat.sum(-1).double().numpy()
         known, value = self._constants(x, axis, inputs.size)
-        known = known.reshape(inputs.shape) & np.isfinite(total).all(1)  # even 0 times infinity is something
+        known, value = known.reshape(inputs.shape), value.reshape(inputs.shape)
+        known &= torch.isfinite(flat.sum(-1, dtype=torch.float64)).all(1).numpy()  # even 0 times infinity is something
+        columns = np.flatnonzero((known & (value != 0)).any(0))
+        total = flat[:, :, torch.from_numpy(columns)].sum(-1, dtype=torch.float64).numpy()
         name = self.channels.source(weight) if weight.op == "get_attr" else None
         if name is not None and self.home[name] is not node.graph:
             return
@@ -215,9 +219,10 @@ class _Finder:
                 inputs=inputs,
                 outputs=outputs,
                 alive=(flat != 0).any(-1).numpy(),
+                columns=columns,
                 total=total,
                 known=known,
-                value=value.reshape(inputs.shape),
+                value=value,
                 fold=fold,
                 blocked=blocked,
                 mergeable=name is not None and self.readers[name] == 1,

@@ -7,7 +7,7 @@ whatever is missed, until nothing more is.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -72,6 +72,7 @@ class Solution:
         merges: constant channels that went into another one, because no bias can take them.
         blocked: constant channels that stay.
         clusters: the places that must be shortened together.
+        missed: where only some indices may go, the places that keep some of those, with what needs them.
     """
 
     removed: Bools
@@ -81,6 +82,7 @@ class Solution:
     blocked: tuple[Blocked, ...]
     clusters: tuple[tuple[Place, ...], ...]
     sinks: list[Sink] = field(repr=False, default_factory=list)
+    missed: Mapping[Place, str] = field(repr=False, default_factory=dict)
 
 
 NOTHING = Solution(np.zeros(0, dtype=bool), {}, {}, (), (), ())
@@ -93,10 +95,15 @@ class Solver:
     Args:
         channels: its channels.
         found: its constants.
+        only: the only indices of dimensions that may go; None = all.
     """
 
-    def __init__(self, channels: Channels, found: Mapping[fx.Node, Known]) -> None:
-        self.channels = channels
+    def __init__(
+        self, channels: Channels, found: Mapping[fx.Node, Known], only: Mapping[Place, Sequence[int]] | None = None
+    ) -> None:
+        self.channels, self.only = channels, only
+        self.free = _free(channels, only)
+        self.missed: dict[int, str] = {}  # class -> what needs it
         self.sinks, self.meetings = find_sinks(channels, found)
         self.classes = channels.classes
         self.lists = _distinct(channels, self.classes)
@@ -104,14 +111,16 @@ class Solver:
 
     def solve(self, excluded: Collection[Place] = ()) -> Solution:
         """The largest removable set that leaves the dimensions `excluded` whole."""
-        removed = ~self.channels.fixed
-        removed[FIXED] = False
+        removed = self.free.copy()
+        self.missed.clear()
         for name, dim in excluded:
             labels = self.channels.sources[name][dim]
             if labels is not None:
                 removed[self.classes[labels]] = False
         for meeting in self.meetings:
-            removed[self.classes[meeting.labels[~meeting.harmless]]] = False
+            needed = self.classes[meeting.labels[~meeting.harmless]]
+            self._miss(needed[removed[needed]], meeting.node, meeting.reason)
+            removed[needed] = False
         wished = removed.copy()
         self._settle(wished, anywhere=True)
         representatives: dict[int, int] = {}
@@ -141,7 +150,26 @@ class Solver:
         inputs, outputs = self.classes[sink.inputs], self.classes[sink.outputs]
         missed = (sink.alive & ~removed[outputs][:, :, None]).any(1)
         constant = sink.known & ((sink.value == 0) | (not sink.blocked or sink.mergeable or anywhere))
-        removed[inputs[missed & ~constant]] = False
+        needed = inputs[missed & ~constant]
+        self._miss(needed[removed[needed]], sink.node, "reads it by weights that are not zero")
+        removed[needed] = False
+
+    def _miss(self, labels: Labels, node: fx.Node, reason: str) -> None:
+        if self.only is not None and labels.size:
+            path = str(node.meta.get("path", ""))
+            told = f"{op_of(node)} in {f'`{path}`' if path else 'the model'} needs it: it {reason}"
+            self.missed.update((int(label), told) for label in labels)
+
+    def _missed(self, removed: Bools) -> dict[Place, str]:
+        found: dict[Place, str] = {}
+        for (name, dim), indices in (self.only or {}).items():
+            labels = self.channels.sources[name][dim]
+            held = self.classes[labels[np.array(indices, dtype=np.int64)]] if labels is not None else np.zeros(0, int)
+            told = (self.missed[int(c)] for c in held if not removed[c] and int(c) in self.missed)
+            reason = next(told, "")
+            if reason:
+                found[name, dim] = reason
+        return found
 
     def _represent(self, removed: Bools, representatives: dict[int, int]) -> bool:
         """Keep one constant channel of those that end in the same products without a bias; whether anything changed.
@@ -225,9 +253,9 @@ class Solver:
         blocked: list[Blocked] = []
         for sink in self.sinks:
             gone = removed[self.classes[sink.inputs]]
-            taken = gone & sink.known & (sink.value != 0)
+            taken = (gone & sink.known & (sink.value != 0))[:, sink.columns]
             weights = np.where(taken[:, None, :], sink.total, 0.0)  # infinite weights of others are no concern
-            delta = np.einsum("goi,gi->go", weights, np.where(taken, sink.value, 0.0)).reshape(-1)
+            delta = np.einsum("goi,gi->go", weights, np.where(taken, sink.value[:, sink.columns], 0.0)).reshape(-1)
             if sink.fold is not None and delta.any():
                 folds[sink.fold.name] = folds.get(sink.fold.name, 0.0) + sink.fold.sign * delta
             used: Bools = np.any(sink.alive & ~removed[self.classes[sink.outputs]][:, :, None], axis=1)
@@ -238,7 +266,8 @@ class Solver:
                 path = str(sink.node.meta.get("path", ""))
                 blocked.append(Blocked(stays, op_of(sink.node), path, sink.blocked))
         merges = tuple(self._merges(removed, representatives))
-        return Solution(removed, kept, folds, merges, tuple(blocked), self._clusters(kept, removed), self.sinks)
+        clusters = self._clusters(kept, removed)
+        return Solution(removed, kept, folds, merges, tuple(blocked), clusters, self.sinks, self._missed(removed))
 
     def _clusters(self, kept: Mapping[Place, object], removed: Bools) -> tuple[tuple[Place, ...], ...]:
         """Places connected by a removed class or by a relation."""
@@ -271,6 +300,29 @@ class Solver:
         for place in kept:
             clusters.setdefault(root(place), []).append(place)
         return tuple(tuple(places) for places in clusters.values())
+
+
+def _free(channels: Channels, only: Mapping[Place, Sequence[int]] | None) -> Bools:
+    """The classes that may go: those that are not fixed, of the dimensions' indices the given ones, and factors."""
+    free = ~channels.fixed
+    free[FIXED] = False
+    if only is None:
+        return free
+    chosen = np.zeros(free.size, dtype=bool)
+    for relation in channels.relations:
+        for factor in relation.factors:
+            if factor is not None:
+                chosen[channels.classes[factor]] = True  # they go where all their entries do
+    for dims in channels.sources.values():
+        for labels in dims:
+            if labels is not None:
+                chosen[channels.classes[labels]] = False
+    for (name, dim), indices in only.items():
+        labels = channels.sources[name][dim]
+        if labels is not None:
+            chosen[channels.classes[labels[np.array(indices, dtype=np.int64)]]] = True
+    result: Bools = free & chosen
+    return result
 
 
 def _merge(sink: Sink, group: int, target: int, sources: npt.NDArray[np.int64]) -> Merge:

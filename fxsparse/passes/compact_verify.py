@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from functools import partial
 from typing import Any
 
@@ -15,15 +16,34 @@ from fxsparse.graph.inputs import tensors_of
 from fxsparse.graph.scopes import mode_of, seeded
 
 _SEED = 20251
+_LARGE = 1 << 22  # parameters whose copies are worth a collection of garbage
 
 
 def owned_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """A copy that shares no tensor with the model, its floating tensors in `dtype`."""
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    clone = isolated_clone(model, copied=names)
+    kept = [
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if dtype is None or not parameter.is_floating_point() or parameter.dtype == dtype
+    ]
+    clone = isolated_clone(model, copied=kept)  # the others are copied when they are cast
     if dtype is not None:
         clone = clone._apply(partial(_cast, dtype=dtype))  # type: ignore[no-untyped-call]  # torch leaves it so
     return clone
+
+
+def release(model: nn.Module) -> None:
+    """Let the tensors of a copy go that is used no more: a graph holds itself, and they would wait."""
+    for module in model.modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            module._parameters.clear()
+            module._buffers.clear()
+
+
+def sweep(model: nn.Module) -> None:
+    """Collect garbage where copies of the model may be in it and are large: graphs hold themselves."""
+    if sum(parameter.numel() for parameter in model.parameters()) >= _LARGE:
+        gc.collect()
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -31,17 +51,28 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def outputs(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool, dtype: torch.dtype | None
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    training: bool,
+    dtype: torch.dtype | None,
+    writes: bool = False,
 ) -> list[Tensor]:
-    """The output tensors of one run on a copy, from a fixed seed; the model stays as it is."""
+    """The output tensors of one run on a copy, from a fixed seed; the model's buffers stay as they are.
+
+    Parameters are shared with the copy, unless the run `writes` into them.
+    """
     with seeded(_SEED), torch.no_grad():
-        clone = owned_copy(model)
+        clone = owned_copy(model) if writes else isolated_clone(model, to_run=True)
         args, kwargs = fresh_inputs(args, kwargs)
         if dtype is not None:
             cast = partial(_cast, dtype=dtype)
             args, kwargs = pytree.tree_map(lambda v: cast(v) if isinstance(v, Tensor) else v, (args, kwargs))
-        with mode_of(clone, training):
-            return tensors_of(clone(*args, **kwargs))
+        try:
+            with mode_of(clone, training):
+                return [tensor.detach() for tensor in tensors_of(clone(*args, **kwargs))]
+        finally:
+            release(clone)
 
 
 def difference(expected: list[Tensor], found: list[Tensor]) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,10 +14,11 @@ from torch.optim import Optimizer
 from fxsparse.errors import CaptureError, ConfigError
 from fxsparse.graph import capture, count, graphs_of
 from fxsparse.graph.mishaps import mishap
-from fxsparse.nn import masked_weights
+from fxsparse.nn import masked_weights, masks
 from fxsparse.passes.compact_channels import Compacted, compact_channels
 from fxsparse.passes.compact_solve import Place
 from fxsparse.planning.checks import _check_wrappers
+from fxsparse.planning.followers import Followers
 from fxsparse.planning.sparsify import finalize
 from fxsparse.planning.table import format_table
 from fxsparse.planning.transplant import Transplant
@@ -91,7 +94,13 @@ def _saved(before: int, after: int) -> str:
     return f"-{100 * (before - after) / before:.1f} %" if before else "none"
 
 
-def compact(model: nn.Module, example_inputs: Any, optimizer: Optimizer | None = None) -> nn.Module:
+def compact(
+    model: nn.Module,
+    example_inputs: Any,
+    optimizer: Optimizer | None = None,
+    *,
+    followers: nn.Module | Iterable[nn.Module] = (),
+) -> nn.Module:
     """Remove the channels that a sparse model does not need, exactly.
 
     A channel goes when nobody reads it, or when its weights are dead, so that it is a constant that the next bias (or
@@ -105,6 +114,8 @@ def compact(model: nn.Module, example_inputs: Any, optimizer: Optimizer | None =
         optimizer: any torch.optim optimizer of the model's parameters. It is moved to the result: its parameter groups
             hold the new parameters, its state is shortened like them, and schedulers that hold it keep working. It does
             not train `model` any more.
+        followers: averages of the model (`torch.optim.swa_utils.AveragedModel`), one or several: the copy inside each
+            is replaced by one that has lost the same channels, so that it averages the result from now on.
 
     Returns:
         A model with the same modules, parameter names and masks, but smaller tensors, that trains on. What was done is
@@ -112,7 +123,7 @@ def compact(model: nn.Module, example_inputs: Any, optimizer: Optimizer | None =
 
     Raises:
         ConfigError: `model` is no module or a wrapper, is in a resurrection phase, `example_inputs` is neither form, or
-            the optimizer does not fit (see `Transplant`). The optimizer has not changed then.
+            the optimizer or a follower does not fit (see `Transplant`, `Followers`). None of them has changed then.
         CaptureError: the model cannot be run on the inputs.
         DataError: channels could go, but its outputs are not finite, so that equality cannot be shown.
         PassError: it does not repeat itself from the same seed.
@@ -128,19 +139,69 @@ def compact(model: nn.Module, example_inputs: Any, optimizer: Optimizer | None =
     (torch.Size([3, 8]), torch.Size([2, 3]))
     >>> torch.testing.assert_close(small(x), sparse(x), rtol=1e-12, atol=1e-12)
     """
-    _check(model)
-    transplant = None if optimizer is None else Transplant(optimizer, model)
-    source = model if _is_captured(model) else capture(model, example_inputs).module
-    folded = finalize(source) if masked_weights(source) else source
-    found = compact_channels(source, folded, example_inputs)
-    if transplant is not None:
-        transplant.check(found.solution.kept)
-    result = found.module
-    result.__dict__[COMPACTION] = _report(model, found, example_inputs)
-    result.__dict__.pop(RECORD, None)
-    if transplant is not None:
-        transplant.commit(result, found.solution.kept)
-    return result
+    check_compactable(model)
+    moves = Moves(model, example_inputs, optimizer, followers)
+    source = captured_form(model, example_inputs)
+    found = compact_channels(source, folded_form(source), example_inputs)
+    return moves.finish(found)
+
+
+def captured_form(model: nn.Module, example_inputs: Any) -> nn.Module:
+    """The model with graphs where it can have some, sharing its tensors."""
+    return model if _is_captured(model) else capture(model, example_inputs).module
+
+
+def folded_form(model: nn.Module) -> nn.Module:
+    """The model without masks; itself where it has none."""
+    return finalize(model) if masked_weights(model) else model
+
+
+class Moves:
+    """What moves from a model to its compacted copy: the optimizer, averages, the report.
+
+    Args:
+        model: the model.
+        example_inputs: its inputs.
+        optimizer: its optimizer, or None.
+        followers: its averages.
+
+    Raises:
+        ConfigError: the optimizer or a follower does not fit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        optimizer: Optimizer | None,
+        followers: nn.Module | Iterable[nn.Module],
+    ) -> None:
+        self.model, self.example_inputs = model, example_inputs
+        self.transplant = None if optimizer is None else Transplant(optimizer, model)
+        self.followers = Followers(followers, model, partial(captured_form, example_inputs=example_inputs))
+
+    def finish(self, found: Compacted, zero: Callable[[nn.Module], None] = lambda copy: None) -> nn.Module:
+        """The compacted model with its report, trained by the optimizer and averaged by the followers from now on.
+
+        Args:
+            found: the compacted model.
+            zero: writes zeros to what was zeroed in the model before.
+
+        Raises:
+            ConfigError: the optimizer's state or a follower does not fit; nothing has changed then.
+        """
+        kept = found.solution.kept
+        if self.transplant is not None:
+            self.transplant.check(kept)
+        if self.followers.followers:
+            self.followers.prepare(found, self.example_inputs, masks(self.model), zero)
+        result = found.module
+        result.__dict__[COMPACTION] = _report(self.model, found, self.example_inputs)
+        result.__dict__.pop(RECORD, None)
+        if self.transplant is not None:
+            self.transplant.commit(result, kept)
+        self.followers.commit()
+        return result
 
 
 def _is_captured(model: nn.Module) -> bool:
@@ -148,7 +209,8 @@ def _is_captured(model: nn.Module) -> bool:
     return RECORD in model.__dict__ or bool(masked_weights(model)) or bool(graphs_of(model))
 
 
-def _check(model: object) -> None:
+def check_compactable(model: object) -> None:
+    """Raise ConfigError or CaptureError for what cannot be compacted."""
     if not isinstance(model, nn.Module):
         raise ConfigError(f"`model` (={type(model).__name__}) must be a torch.nn.Module")
     if isinstance(model, torch.jit.ScriptModule):

@@ -44,7 +44,7 @@ def density_heat_map(network: Network) -> Figure:
     names = list(rounds[0].per_layer_sparsity) if rounds else []
     density = [[1 - entry.per_layer_sparsity[name].sparsity for entry in rounds] for name in names]
     labels = [[f"{100 * value:.0f}" for value in row] for row in density]
-    layout = _layout("round (sparsity)", "")
+    layout = base_layout("round (sparsity)", "")
     layout["xaxis"] |= {"type": "category", "showgrid": False}
     layout["yaxis"] |= {"autorange": "reversed", "type": "category", "automargin": True, "showgrid": False}
     layout["height"] = 110 + 34 * max(len(names), 2)
@@ -70,7 +70,7 @@ def density_heat_map(network: Network) -> Figure:
 def latency_bars(network: Network) -> Figure:
     """Median latency in onnxruntime of each method's file beside the dense one, in milliseconds."""
     rows = [row for row in network.results if row.sparsity > 0 and latencies(row)[0] is not None]
-    layout = _layout("", "median latency (ms)")
+    layout = base_layout("", "median latency (ms)")
     layout |= {"barmode": "group", "bargap": 0.45, "bargroupgap": 0.12}
     layout["xaxis"] |= {"showgrid": False, "type": "category"}
     layout["yaxis"]["rangemode"] = "tozero"
@@ -200,7 +200,7 @@ def _points(results: list[Result], curve: bool) -> list[Figure]:
 
 
 def _curve_layout(right: float) -> Figure:
-    layout = _layout("sparsity", "validation accuracy (%)")
+    layout = base_layout("sparsity", "validation accuracy (%)")
     shown = [level for level in TICKS if level <= right + 0.002]  # a target is met to the weight, not to the digit
     layout["xaxis"] |= {
         "type": "log",
@@ -211,7 +211,8 @@ def _curve_layout(right: float) -> Figure:
     return layout
 
 
-def _layout(x: str, y: str) -> Figure:
+def base_layout(x: str, y: str) -> Figure:
+    """Fonts, colours and axes that all figures share, with the titles of the axes."""
     axis = {"gridcolor": GRID, "zeroline": False, "linecolor": "#cbd5e1", "ticks": "", "automargin": True}
     return {
         "font": {"family": "Inter, system-ui, -apple-system, 'Segoe UI', sans-serif", "size": 13, "color": "#334155"},

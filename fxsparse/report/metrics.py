@@ -92,6 +92,52 @@ class Network(Record):
     results: Annotated[list[Result], Field(min_length=1)]
 
 
+class SpeedStage(Record):
+    """One step on the way to shared supports; validation accuracies as fractions, one a seed."""
+
+    name: str
+    val_accuracy: Annotated[list[Share], Field(min_length=1)]
+
+
+class SpeedFile(Record):
+    """One exported file: its test accuracy in onnxruntime, and its median milliseconds by batch size."""
+
+    name: str
+    onnx: str
+    bytes: Count
+    test_accuracy: Share
+    latency_ms: dict[int, Size]
+
+
+class SpeedLayer(Record):
+    """What became of one weight in the file, and why; `gain` is the expected time of the dense layer over its own."""
+
+    name: str
+    shape: list[int]
+    density: Share
+    form: str
+    gain: Size | None
+    reason: str
+
+
+class Speed(Record):
+    """A network whose ticket of shared supports is timed against its dense twin, float and 8-bit.
+
+    The first of `files` is the one that all are compared with. Test accuracies are those of PyTorch, one a seed.
+    """
+
+    title: str
+    group: Count
+    sparsity: Share
+    seeds: list[int]
+    stages: list[SpeedStage]
+    dense_test: Annotated[list[Share], Field(min_length=1)]
+    ticket_test: Annotated[list[Share], Field(min_length=1)]
+    files: Annotated[list[SpeedFile], Field(min_length=1)]
+    layers: list[SpeedLayer]
+    notes: list[str] = []
+
+
 class Metrics(Record):
     """A whole run.
 
@@ -102,6 +148,7 @@ class Metrics(Record):
         environment: versions and machine, as text pairs.
         seconds: wall time in seconds of the call that wrote this; work found done is not in it.
         networks: the results.
+        speed: the network that is shown for its speed, if one was.
     """
 
     schema_: Literal["fxsparse.metrics/1"] = Field(SCHEMA, alias="schema")
@@ -111,6 +158,7 @@ class Metrics(Record):
     environment: dict[str, str]
     seconds: Size
     networks: Annotated[list[Network], Field(min_length=1)]
+    speed: Speed | None = None
 
 
 def write_metrics(metrics: Metrics, path: str | os.PathLike[str]) -> None:

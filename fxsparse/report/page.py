@@ -12,6 +12,7 @@ from fxsparse.errors import ConfigError
 from fxsparse.report import charts, template
 from fxsparse.report import format as text
 from fxsparse.report.metrics import Metrics, Network, Result, read_metrics, write_atomically
+from fxsparse.report.speed import section
 from fxsparse.report.statistics import summarise
 from fxsparse.report.table import COLUMNS, rows
 
@@ -39,13 +40,14 @@ def render_page(metrics: Metrics) -> str:
     except ImportError as error:
         raise ConfigError("the report needs plotly, which is not installed: pip install 'fxsparse[report]'") from error
     networks = [_network(network, place) for place, network in enumerate(metrics.networks)]
+    speed = [] if metrics.speed is None else [section(metrics.speed)]
     subtitle = f"{metrics.data.get('name', '')} · {len(metrics.networks)} networks · {_seeds(metrics)}"
     return template.PAGE.format(
         title=escape(metrics.title),
         subtitle=escape(subtitle),
         css=template.CSS,
         plotly=get_plotlyjs(),
-        body="\n".join([_results(metrics), *networks, _setup(metrics)]),
+        body="\n".join([_results(metrics), *speed, *networks, _setup(metrics)]),
         footer=escape(f"Written by fxsparse {metrics.environment.get('fxsparse', '')}".strip() + "."),
         script=template.SCRIPT,
     )

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float64, Int64, Shaped
+from jaxtyping import Bool, Float64, Int64, Shaped
 from torch import Tensor
 
 from fxsparse.errors import ConfigError, DataError
+from fxsparse.sparsity.counts import check_count
+from fxsparse.sparsity.layout import LINEAR, Layout
 
 _EXACT = 52  # bits of a float64 sum that no order of summation rounds
 _ROUNDS = 50
@@ -72,6 +74,54 @@ def kept_mass(scores: Shaped[Tensor, "rows positions"], group: int, k: int, row_
     )
     total = float(wanted.sum())
     return _kept(wanted, of, len(sizes), k) / total if total else 1.0
+
+
+def support_order(mask: Bool[Tensor, "*shape"], group: int, layout: Layout = LINEAR) -> Int64[Tensor, " rows"] | None:
+    """The row order in which a mask holds `SharedSupport(group)`: rows of equal support brought together.
+
+    Rows keep to their part of the weight (an expert; q, k or v). Ascending in a group, groups by their first row, a
+    smaller one last, as `group_rows` orders them; the natural order where that holds the pattern.
+
+    Args:
+        mask: True = alive.
+        group: Rows of a group.
+        layout: The weight's output and input axes.
+
+    Returns:
+        The rows, group after group, or None where no order holds the pattern.
+
+    Raises:
+        ConfigError: `group` is less than 1.
+    """
+    check_count(group, "group", 1)
+    parts = layout.parts(mask.shape)
+    rows = layout.to_rows(mask).flatten(1)
+    count = len(rows) // parts
+    found = [_support_groups(part, min(group, count)) for part in rows.reshape(parts, count, -1)]
+    orders = [order for order in found if order is not None]
+    if len(orders) < parts:
+        return None
+    return torch.cat([order + i * count for i, order in enumerate(orders)])
+
+
+def _support_groups(rows: Bool[Tensor, "rows positions"], group: int) -> Int64[Tensor, " rows"] | None:
+    """As `support_order`, of one part."""
+    count = len(rows)
+    natural = torch.arange(count, device=rows.device)
+    first_of_group = natural // group * group
+    if torch.equal(rows, rows[first_of_group]):
+        return natural
+    support = torch.unique(rows, dim=0, return_inverse=True)[1]
+    sizes = support.bincount()
+    left = count % group
+    if int((sizes % group != 0).sum()) != (left > 0):  # at most one support holds the smaller group
+        return None
+    by_support = support.sort(stable=True).indices
+    rank = torch.empty_like(natural)
+    rank[by_support] = natural - (sizes.cumsum(0) - sizes)[support[by_support]]  # the how-manieth row of its support
+    slot = support * math.ceil(count / group) + rank // group
+    _, of, members = torch.unique(slot, return_inverse=True, return_counts=True)
+    return _order(of, len(members))
 
 
 def _exact_squares(scores: Tensor) -> Float64[Tensor, "rows positions"]:

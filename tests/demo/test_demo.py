@@ -27,7 +27,9 @@ from fxsparse.errors import ConfigError
 from fxsparse.lottery import load_ticket
 from fxsparse.report import Metrics, read_metrics
 
-TINY = DemoSettings(seeds=(0, 1), sparsity="0.5", epochs=1, rigl_epochs=2, rigl_every=5, networks=NETWORKS[:1])
+TINY = DemoSettings(
+    seeds=(0, 1), sparsity="0.5", epochs=1, rigl_epochs=2, rigl_every=5, networks=NETWORKS[:1], wide=None
+)
 ALIVE = [50_200, 40_160, 32_128, 25_702, 25_100]  # a - floor(0.2 a + 1/2), the last clipped to half
 
 
@@ -137,7 +139,8 @@ def test_killed_and_started_again_the_tickets_are_the_same(finished: Finished, t
     code = (
         "from pathlib import Path; from dataclasses import replace; from rich.console import Console\n"
         "from fxsparse.demo import *\n"
-        "s = DemoSettings(seeds=(0,), sparsity='0.5', epochs=1, rigl_epochs=2, rigl_every=5, networks=NETWORKS[:1])\n"
+        "s = DemoSettings(seeds=(0,), sparsity='0.5', epochs=1, rigl_epochs=2, rigl_every=5,\n"
+        "    networks=NETWORKS[:1], wide=None)\n"
         f"run_demo(s, Path({str(tmp_path)!r}), Console(quiet=True))\n"
     )
     child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)

@@ -324,7 +324,7 @@ class Functional4(nn.Module):
         return F.linear(x, self.weight)
 
 
-def test_shared_support_says_that_lowering_is_missing(tmp_path: Path) -> None:
+def test_a_small_shared_support_stays_dense(tmp_path: Path) -> None:
     sparse = transform(nn.Sequential(nn.Linear(32, 32)), sparsity=0.5, pattern=SharedSupport(8))
     report = export_onnx(sparse, tmp_path / "m.onnx", (torch.randn(2, 32),))
     check_zeros(tmp_path / "m.onnx", sparse)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxsparse.errors import ConfigError, DataError
-from fxsparse.sparsity.grouping import group_rows, kept_mass
+from fxsparse.sparsity import Layout, SharedSupport
+from fxsparse.sparsity.grouping import group_rows, kept_mass, support_order
 
 
 def planted(rows: int, group: int, width: int, k: int, seed: int, noise: float = 0.1) -> tuple[Tensor, Tensor]:
@@ -129,3 +130,28 @@ def test_bad_input_is_refused():
         group_rows(torch.ones(4, 4), 2, 5)
     with pytest.raises(ConfigError, match="`group` \\(=0\\)"):
         group_rows(torch.ones(4, 4), 0, 2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 30), st.integers(1, 8), st.integers(0, 10_000))
+def test_supports_tell_their_row_order(parts: int, rows: int, group: int, seed: int) -> None:
+    draw, layout = torch.Generator().manual_seed(seed), Layout(blocks=parts)
+    hidden = torch.cat([torch.randperm(rows, generator=draw) + i * rows for i in range(parts)])
+    pattern = SharedSupport(group)
+    mask = pattern.mask(torch.rand(parts * rows, 9, generator=draw), 0.6, layout, row_order=hidden)
+    order = support_order(mask, group, layout)
+    assert order is not None
+    pattern.check(mask, layout, order)
+    assert torch.equal(order, support_order(mask, group, layout)), "one answer"
+    natural = pattern.mask(torch.rand(parts * rows, 9, generator=draw), 0.6, layout)
+    assert torch.equal(support_order(natural, group, layout), torch.arange(parts * rows))
+
+
+def test_masks_without_shared_supports_have_no_order() -> None:
+    mask = torch.eye(6, dtype=torch.bool)
+    assert support_order(mask, 2) is None and support_order(mask, 1) is not None
+    of = torch.tensor([0, 1, 0, 1, 0, 2])  # three, two, one: no way to make pairs
+    assert support_order(mask[of], 2) is None
+    assert support_order(mask[torch.tensor([0, 1, 0, 1, 0])], 2).tolist() == [0, 2, 1, 3, 4]
+    with pytest.raises(ConfigError, match="`group`"):
+        support_order(mask, 0)

@@ -1,0 +1,432 @@
+"""The Fisher collector: group Fisher of any model, batch by batch, by task."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fxsparse.curvature.collector_engine import Collected, Engine, Recipe, check_recipe
+from fxsparse.curvature.collector_moments import Moments
+from fxsparse.curvature.collector_tasks import TaskState
+from fxsparse.curvature.fisher_batch import read_batch
+from fxsparse.curvature.fisher_scope import check_batch_norms, collecting_scope
+from fxsparse.curvature.fisher_squares import Entry
+from fxsparse.curvature.fisher_types import FisherType
+from fxsparse.curvature.groups import Grouping
+from fxsparse.curvature.groups_types import GroupRule, Heads, aliases_of, check_groups
+from fxsparse.curvature.keys import Key, check_parameters, check_task, restrict
+from fxsparse.curvature.losses import MSE, BCEWithLogits, CallableLoss, as_loss
+from fxsparse.curvature.operator_data import one_output
+from fxsparse.curvature.storage import Storage
+from fxsparse.errors import ConfigError, DataError
+from fxsparse.training.distributed import check_not_sharded, unwrap
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+DEFAULT_TASK = "default"
+
+
+@dataclass(frozen=True, eq=False)
+class GroupInfo:
+    """What belongs to a key.
+
+    Attributes:
+        members: n_g, the number of entries of each group (float64, the shape of the values).
+        axis: along which axis groups are slices; None for single entries, "leading" for an index over several axes.
+        shape: of the parameter.
+        aliases: all names of the parameter.
+        units: M, the units seen.
+        slow: why the parameter is collected without taps; "" where it has them.
+    """
+
+    members: Tensor
+    axis: int | str | None
+    shape: tuple[int, ...]
+    aliases: tuple[str, ...]
+    units: float
+    slow: str
+
+
+class FisherCollector:
+    """Collects the diagonal of a Fisher matrix, summed over groups of parameters: F_g = (1/M) sum_n u_n,g.
+
+    u_n,g is the sum over the entries of a group of the squared gradient of sample n alone; all uses of a tied or reused
+    parameter are added before they are squared. The model is run in evaluation mode and left exactly as it was. Its
+    first batch is examined: per-sample gradients that the taps cannot get right are computed sample by sample, with a
+    warning that says why; what cannot be had at all raises. Nothing is left out.
+
+    Args:
+        model: any module; wrappers of DDP and torch.compile are looked through.
+        loss: a torch loss, an `OutputLoss`, a function of outputs and targets (empirical only), "cross_entropy", "mse"
+            or "bce". It says how outputs are scored; its reduction over samples plays no part.
+        kind: which Fisher.
+        unit: "sample" or "token": M counts samples, or positions that count (attention mask, `ignore_index`).
+        groups: "auto" (channels, heads, tokens, elements by module type), "element", or a function of (name, parameter,
+            module) that returns a `Grouping`, an int64 index over leading axes, "element" or None for "auto".
+        accumulate: "mean" over all units, or "ema" over updates.
+        beta: decay of the exponential mean, in [0, 1).
+        samples: draws of MC and SKETCH per unit.
+        support: "mask": dead entries of masked weights count as zero; "dense": masks are overlooked.
+        storage: format of what `consolidate` keeps: "fp32", "cpu_fp32", "cpu_fp16".
+        bn: BatchNorm in training mode is frozen on its running statistics ("freeze") or raises ("raise").
+        chunk: samples of one forward pass; chosen by memory where it is not given.
+        generator: for draws and signs, on the model's device; a private one with seed 0 where it is not given.
+        parameters: names of the parameters; all that require gradients where it is not given.
+        heads: declared attention layouts.
+        token_method: how positions of one sequence are told apart by "empirical" and "true" per token: one backward
+            pass each ("exact"), random signs ("signs"), or layer by layer ("expand", exact only without mixing).
+        absent: whether an exponential mean decays where no gradient reached a parameter ("zero") or stays ("skip").
+        variance: whether variances are kept ("mean" only); for single entries that costs memory.
+        output: takes the outputs [N, ...] out of what the model returns.
+
+    Raises:
+        ConfigError: an option that does not exist, or no parameter.
+        CoupledSamples: a norm that mixes samples.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Any = "cross_entropy",
+        kind: FisherType | str = FisherType.EMPIRICAL,
+        unit: str = "sample",
+        groups: str | GroupRule = "auto",
+        accumulate: str = "mean",
+        beta: float = 0.99,
+        samples: int = 1,
+        support: str = "mask",
+        storage: Storage | str = Storage.FP32,
+        bn: str = "freeze",
+        chunk: int | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        parameters: Collection[str] | None = None,
+        heads: Iterable[Heads] = (),
+        token_method: str = "exact",
+        absent: str = "skip",
+        variance: bool = True,
+        output: Callable[[Any], Tensor] = one_output,
+    ) -> None:
+        self.model = unwrap(model)
+        check_not_sharded(self.model)
+        _check_one_of("unit", unit, ("sample", "token"))
+        _check_one_of("accumulate", accumulate, ("mean", "ema"))
+        _check_one_of("support", support, ("mask", "dense"))
+        _check_one_of("absent", absent, ("skip", "zero"))
+        if not 0 <= beta < 1:
+            raise ConfigError(f"`beta` (={beta}) must lie in [0, 1)")
+        check_groups(groups)
+        check_batch_norms(self.model, bn)
+        self.kind, self.unit, self.accumulate, self.beta, self.absent = (
+            FisherType.of(kind),
+            unit,
+            accumulate,
+            beta,
+            absent,
+        )
+        self.storage, self.bn = Storage.of(storage), bn
+        own = as_loss(loss)
+        if isinstance(own, (MSE, BCEWithLogits)) and unit == "token":
+            own = dataclasses.replace(own, per_position=True)
+        if isinstance(own, CallableLoss) and self.kind is not FisherType.EMPIRICAL:
+            own.check_natural(torch.zeros(1, 1), None)
+        keep = variance and accumulate == "mean"
+        recipe = Recipe(own, self.kind, unit == "token", token_method, samples, support == "dense", keep, chunk)
+        check_recipe(recipe)
+        chosen = _chosen(self.model, parameters)
+        check_parameters(chosen)
+        self._aliases = aliases_of(self.model)
+        self._engine = Engine(self.model, chosen, output, groups, heads, recipe)
+        self._device = next(iter(chosen.values())).device
+        self._generator = torch.Generator(self._device).manual_seed(0) if generator is None else generator
+        self._tasks: dict[str, TaskState] = {}
+
+    def update(self, batch: Any, task: str = DEFAULT_TASK) -> None:
+        """Take in a batch; one without units that count is noted in `skipped` and changes nothing else.
+
+        Args:
+            batch: ``(inputs, targets)``, a mapping with ``labels``, or inputs alone (see `read_batch`).
+            task: to which task it belongs.
+
+        Raises:
+            DataError: a batch that cannot be read.
+            CoupledSamples: the loss of a sample depends on the others.
+            UncoveredParameter: a parameter whose per-sample gradients cannot be had.
+            UnsupportedLoss: the loss has no curvature of this kind.
+        """
+        found = self._collect(batch, check_task(task))
+        state = self._tasks.setdefault(task, TaskState())
+        state.add(found, self.beta if self.accumulate == "ema" else None, self.absent == "zero", self._place())
+
+    def oneshot(self, batch: Any, task: str = DEFAULT_TASK) -> dict[str, Tensor]:
+        """The Fisher of this batch alone, by key; no task's state is touched.
+
+        Raises:
+            DataError: it holds no unit that counts.
+        """
+        found = self._collect(batch, check_task(task))
+        if not found.mass:
+            raise DataError("the batch holds no unit that counts: every position is masked or ignored")
+        return {str(Key(task, *entry)): self._shaped(entry, moments.mean()) for entry, moments in found.moments.items()}
+
+    def get(
+        self,
+        task: str = DEFAULT_TASK,
+        expand: bool = False,
+        param: str | None = None,
+        group_type: str | None = None,
+    ) -> dict[str, Tensor]:
+        """F by key: [groups], or the parameter's shape for single entries.
+
+        Args:
+            task: the task.
+            expand: whether sums are spread evenly over their entries, into tensors of the parameters' shapes.
+            param: only this parameter (its whole first name).
+            group_type: only this group type.
+
+        Raises:
+            ConfigError: the task is not known, or nothing fits.
+        """
+        state = self._known(task)
+        values = {str(Key(task, *entry)): entry for entry in state.entries()}
+        chosen = restrict(values, param=param, group_type=group_type)
+        if not chosen:
+            raise ConfigError(
+                f"`param` (={param!r}) with `group_type` (={group_type!r}) names nothing of task {task!r}"
+            )
+        return {key: self._read(entry, state.mean(entry), expand) for key, entry in chosen.items()}
+
+    def variance(self, task: str = DEFAULT_TASK) -> dict[str, Tensor]:
+        """Unbiased variance over units (samples or sequences) of u, by key.
+
+        Raises:
+            ConfigError: the task is not known, or variances are not kept.
+            DataError: fewer than two units.
+        """
+        return self._of_moments(task, Moments.variance)
+
+    def standard_error(self, task: str = DEFAULT_TASK) -> dict[str, Tensor]:
+        """Standard error of F, by key; per token that of the ratio of sums over sequences.
+
+        Raises:
+            ConfigError: the task is not known, or variances are not kept.
+            DataError: fewer than two units.
+        """
+        return self._of_moments(task, Moments.standard_error)
+
+    def consolidate(self, task: str = DEFAULT_TASK) -> dict[str, Tensor]:
+        """Keep a snapshot of the task's F in the collector's storage format, and return what it reads as.
+
+        Running sums stay as they are, in fp32 or wider; the snapshot is what `snapshot` and `save` know.
+
+        Raises:
+            ConfigError: the task is not known.
+        """
+        self._known(task).consolidate(self.storage)
+        return self.snapshot(task)
+
+    def snapshot(self, task: str = DEFAULT_TASK) -> dict[str, Tensor]:
+        """What `consolidate` kept, by key.
+
+        Raises:
+            ConfigError: the task is not known or was not consolidated.
+        """
+        state = self._known(task)
+        if not state.stored:
+            raise ConfigError(f"`task` (={task!r}) was not consolidated: call consolidate first")
+        return {str(Key(task, *entry)): self._shaped(entry, each.read()) for entry, each in state.stored.items()}
+
+    def collect(
+        self, batches: Iterable[Any], task: str = DEFAULT_TASK, *, top: int, overlap: float = 0.99, patience: int = 3
+    ) -> int:
+        """Update until the `top` groups with the largest F (all keys pooled) have settled.
+
+        Args:
+            batches: what to update with, in order.
+            task: the task.
+            top: how many groups.
+            overlap: share of them that must be the same as after the batch before, in (0, 1].
+            patience: for how many batches in a row.
+
+        Returns:
+            How many batches were used.
+
+        Raises:
+            ConfigError: a number out of range.
+        """
+        if top < 1 or not 0 < overlap <= 1 or patience < 1:
+            raise ConfigError(f"`top` (={top}), `overlap` (={overlap}) and `patience` (={patience}) must be positive")
+        before: set[int] = set()
+        settled = used = 0
+        for batch in batches:
+            self.update(batch, task)
+            used += 1
+            state = self._tasks[task]
+            if not state.entries():
+                continue
+            pooled = torch.cat([state.mean(entry).flatten().cpu() for entry in state.entries()])
+            best = set(pooled.topk(min(top, pooled.numel())).indices.tolist())
+            settled = settled + 1 if before and len(best & before) >= overlap * len(best) else 0
+            before = best
+            if settled >= patience:
+                break
+        return used
+
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks with updates."""
+        return tuple(self._tasks)
+
+    def skipped(self, task: str = DEFAULT_TASK) -> int:
+        """How many batches of the task held no unit that counts."""
+        return self._known(task).skipped
+
+    def metadata(self, key: str) -> GroupInfo:
+        """What belongs to a key.
+
+        Raises:
+            ConfigError: there is no such key.
+        """
+        parsed = Key.of(key)
+        state = self._known(parsed.task)
+        entry = parsed.param, parsed.group_type
+        if entry not in state.entries():
+            raise ConfigError(f"`key` (={key!r}) does not exist; keys look like {next(iter(state.entries()), None)}")
+        grouping = self._grouping(entry)
+        members = torch.ones(grouping.shape, dtype=torch.float64) if grouping.is_element else grouping.members
+        return GroupInfo(
+            members,
+            grouping.axis,
+            grouping.shape,
+            self._aliases[parsed.param],
+            state.units(entry),
+            self._engine.slow.get(parsed.param, ""),
+        )
+
+    def clear(self, task: str | None = None) -> None:
+        """Forget a task altogether, or all of them.
+
+        Raises:
+            ConfigError: the task is not known.
+        """
+        if task is None:
+            self._tasks.clear()
+        else:
+            self._known(task)
+            del self._tasks[task]
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
+        """Add up what the ranks have collected, so that all hold what one process would have; call it once, at the end.
+
+        Raises:
+            ConfigError: processes do not run together, or the mode is "ema".
+        """
+        from fxsparse.curvature.collector_reduce import reduce_tasks
+
+        if self.accumulate == "ema":
+            raise ConfigError("`accumulate` (='ema') has steps that differ between ranks: reduce a 'mean' collector")
+        reduce_tasks(self._tasks, self._device, group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything collected: nested dicts of tensors and numbers with a schema version."""
+        from fxsparse.curvature.collector_file import state_of
+
+        return state_of(self._tasks, self._settings(), self._generator)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned.
+
+        Raises:
+            ConfigError: another schema version, or a collector with other settings or parameters.
+        """
+        from fxsparse.curvature.collector_file import tasks_of
+
+        self._tasks = tasks_of(state, self._settings(), self._generator, set(self._engine.parameters))
+
+    def save(self, path: str | Path) -> None:
+        """Write the state to a safetensors file, bit for bit, in one step.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        from fxsparse.curvature.collector_file import write
+
+        write(self.state_dict(), Path(path))
+
+    def load(self, path: str | Path) -> None:
+        """Read a state that `save` wrote.
+
+        Raises:
+            ConfigError: as `load_state_dict`, or no such file of ours.
+        """
+        from fxsparse.curvature.collector_file import read
+
+        self.load_state_dict(read(Path(path)))
+
+    def _collect(self, batch: Any, task: str) -> Collected:
+        read = read_batch(batch, self._device)
+        check_batch_norms(self.model, self.bn)
+        with collecting_scope(self.model):
+            return self._engine.collect(read, self._generator)
+
+    def _settings(self) -> dict[str, str]:
+        recipe = self._engine.recipe
+        return {
+            "kind": self.kind.value,
+            "unit": self.unit,
+            "accumulate": self.accumulate,
+            "support": "dense" if recipe.dense else "mask",
+        }
+
+    def _place(self) -> torch.device:
+        return self._device if self.storage is Storage.FP32 else torch.device("cpu")
+
+    def _known(self, task: str) -> TaskState:
+        if task not in self._tasks:
+            known = ", ".join(repr(name) for name in self._tasks) or "none yet"
+            raise ConfigError(f"`task` (={task!r}) is not known; tasks with updates: {known}")
+        return self._tasks[task]
+
+    def _grouping(self, entry: Entry) -> Grouping:
+        return self._engine.grouping(entry)
+
+    def _shaped(self, entry: Entry, values: Tensor) -> Tensor:
+        return values.reshape(self._grouping(entry).output_shape).clone()
+
+    def _read(self, entry: Entry, values: Tensor, expand: bool) -> Tensor:
+        return self._grouping(entry).expand(values).clone() if expand else self._shaped(entry, values)
+
+    def _of_moments(self, task: str, rule: Callable[[Moments], Tensor]) -> dict[str, Tensor]:
+        state = self._known(task)
+        if not self._engine.recipe.separate:
+            raise ConfigError("variances are kept by `variance` (=True) with `accumulate` (='mean') only")
+        return {str(Key(task, *entry)): self._shaped(entry, rule(each)) for entry, each in state.moments.items()}
+
+
+def _chosen(model: nn.Module, wanted: Collection[str] | None) -> dict[str, nn.Parameter]:
+    named = dict(model.named_parameters())
+    if wanted is None:
+        found = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+    else:
+        first = {alias: names[0] for names in aliases_of(model).values() for alias in names}
+        unknown = [name for name in wanted if name not in first]
+        if unknown:
+            raise ConfigError(f"`parameters` (={unknown[0]!r}) is no parameter of the model")
+        found = {first[name]: named[first[name]] for name in wanted}
+    floating = {name: parameter for name, parameter in found.items() if parameter.is_floating_point()}
+    if not floating:
+        raise ConfigError(
+            "the model has no floating-point parameter that requires gradients: name them in `parameters`"
+        )
+    return floating
+
+
+def _check_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(f"`{name}` (={value!r}) must be one of {', '.join(map(repr, known))}")

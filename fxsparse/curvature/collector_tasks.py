@@ -1,0 +1,65 @@
+"""What a collector knows of one task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fxsparse.curvature.collector_engine import Collected
+from fxsparse.curvature.collector_moments import Decaying, Moments
+from fxsparse.curvature.fisher_squares import Entry
+from fxsparse.curvature.storage import Storage, Stored, store
+
+
+@dataclass(eq=False)
+class TaskState:
+    """The running sums of one task.
+
+    Attributes:
+        moments: by entry, of "mean".
+        decaying: by entry, of "ema".
+        mass: by entry, the units seen by "ema".
+        stored: the last snapshot.
+        skipped: batches without a unit that counts.
+    """
+
+    moments: dict[Entry, Moments] = field(default_factory=dict)
+    decaying: dict[Entry, Decaying] = field(default_factory=dict)
+    mass: dict[Entry, float] = field(default_factory=dict)
+    stored: dict[Entry, Stored] = field(default_factory=dict)
+    skipped: int = 0
+
+    def entries(self) -> tuple[Entry, ...]:
+        """What was collected."""
+        return tuple(self.moments or self.decaying)
+
+    def mean(self, entry: Entry) -> Tensor:
+        """F of an entry, flat."""
+        return self.moments[entry].mean() if self.moments else self.decaying[entry].mean()
+
+    def units(self, entry: Entry) -> float:
+        """M of an entry."""
+        return self.moments[entry].mass if self.moments else self.mass[entry]
+
+    def add(self, found: Collected, beta: float | None, zeros: bool, place: torch.device) -> None:
+        """Take in a batch; `beta` None stands for a plain mean, `zeros` lets absent entries decay."""
+        if not found.mass:
+            self.skipped += 1
+            return
+        for entry, new in found.moments.items():
+            if beta is None:
+                moved = new.to(place)
+                self.moments[entry] = self.moments[entry].merge(moved) if entry in self.moments else moved
+                continue
+            running = self.decaying.setdefault(entry, Decaying())
+            here = entry in found.present
+            if here or zeros or running.num is None:
+                assert new.total is not None
+                running.step(new.total.to(place), found.mass, beta)
+            self.mass[entry] = self.mass.get(entry, 0.0) + found.mass
+
+    def consolidate(self, storage: Storage) -> None:
+        """Keep a snapshot."""
+        self.stored = {entry: store(self.mean(entry), storage) for entry in self.entries()}

@@ -1,0 +1,110 @@
+"""Diagonals from per-sample rows: sum over samples n and columns k of (J_n^T a_nk)^2, squares first, sums second."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fxsparse.curvature.diagonal_layers import LayerSquares
+from fxsparse.curvature.operator_data import Batch
+from fxsparse.curvature.operator_engine import Engine, Tensors
+from fxsparse.curvature.operator_output import OutputCurvature
+
+ROW_BUDGET = 1 << 24
+"""Elements of per-sample rows that are held at once."""
+
+
+def squared_rows(
+    engine: Engine,
+    curvature: OutputCurvature,
+    batch: Batch,
+    chunk: int | None = None,
+    layers: LayerSquares | None = None,
+) -> tuple[Tensors, int]:
+    """The exact sum over the batch, by parameter, and its number of units."""
+    z = _outputs(engine, batch, layers)
+    columns = curvature.columns(z, batch)
+    return _squares(engine, batch, columns, chunk, z, layers), curvature.units(z, batch)
+
+
+def sampled_diagonal(
+    engine: Engine,
+    curvature: OutputCurvature,
+    batch: Batch,
+    method: str,
+    samples: int,
+    source: torch.Generator,
+    chunk: int | None = None,
+    layers: LayerSquares | None = None,
+) -> tuple[Tensors, int]:
+    """An unbiased estimate of the sum over the batch: "mc" labels, or a "sketch" of random signs."""
+    z = _outputs(engine, batch, layers)
+
+    def draws() -> Iterator[Tensor]:
+        for _ in range(samples):
+            if method == "mc":
+                local = source if z.device.type == "cpu" else _moved(source, z.device)
+                yield curvature.sample(z, batch, local)
+            else:
+                signs = torch.randint(2, z.shape, generator=source).mul_(2).sub_(1).to(z)
+                yield curvature.sketch(z, batch, signs)
+
+    found = _squares(engine, batch, draws(), chunk, z, layers)
+    return {name: each / samples for name, each in found.items()}, curvature.units(z, batch)
+
+
+def stacked_rows(
+    engine: Engine, curvature: OutputCurvature, batch: Batch, names: Sequence[str]
+) -> Iterator[Float[Tensor, "rows b"]]:
+    """The rows J_n^T a_nk of all samples and columns, flat over some parameters, some at a time."""
+    width = sum(engine.space.shapes[name].numel() for name in names)
+    z = engine.outputs(batch)
+    for column in curvature.columns(z, batch):
+        size = max(1, ROW_BUDGET // max(width, 1))
+        for first in range(0, batch.samples, size):
+            last = min(first + size, batch.samples)
+            rows = engine.rows(batch.cut(first, last), column[None, first:last], names)
+            yield torch.cat([rows[name][0].flatten(1) for name in names], 1)
+
+
+def _outputs(engine: Engine, batch: Batch, layers: LayerSquares | None) -> Tensor:
+    z = None if layers is None else layers.forward(batch)
+    return engine.outputs(batch) if z is None else z
+
+
+def _squares(
+    engine: Engine,
+    batch: Batch,
+    columns: Iterable[Tensor],
+    chunk: int | None,
+    z: Tensor,
+    layers: LayerSquares | None,
+) -> Tensors:
+    """Layers whose rows factorise by their inputs and output gradients, the rest by rows."""
+    held = list(columns)
+    sums = {name: torch.zeros(shape, dtype=z.dtype, device=z.device) for name, shape in engine.space.shapes.items()}
+    if not held:
+        return sums
+    covered = frozenset() if layers is None else layers.add(held, sums)
+    rest = [name for name in engine.space.names if name not in covered]
+    if not rest:
+        return sums
+    width = sum(engine.space.shapes[name].numel() for name in rest)
+    size = chunk or max(1, min(batch.samples, ROW_BUDGET // max(width, 1)))
+    for first in range(0, batch.samples, size):
+        last = min(first + size, batch.samples)
+        piece = batch.cut(first, last)
+        many = max(1, ROW_BUDGET // max(width * (last - first), 1))
+        for start in range(0, len(held), many):
+            u = torch.stack([each[first:last] for each in held[start : start + many]])
+            for name, rows in engine.rows(piece, u, rest).items():
+                sums[name] += rows.square().flatten(0, 1).sum(0)  # rows may share memory
+    return sums
+
+
+def _moved(source: torch.Generator, device: torch.device) -> torch.Generator:
+    seed = int(torch.randint(2**62, (), generator=source))
+    return torch.Generator(device).manual_seed(seed)

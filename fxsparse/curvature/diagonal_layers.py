@@ -1,0 +1,107 @@
+"""Squares of per-sample rows from what reaches each layer: its inputs and its output gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from fxsparse.curvature.fisher_batch import FisherBatch
+from fxsparse.curvature.fisher_scope import collecting_scope
+from fxsparse.curvature.fisher_squares import Squares
+from fxsparse.curvature.groups import ELEMENT, element
+from fxsparse.curvature.operator_data import Batch
+from fxsparse.curvature.operator_engine import Engine, Tensors, positional
+from fxsparse.curvature.taps import Part, TapPass, Taps, Unstable
+from fxsparse.curvature.taps_formulas import LinearWeight, Summed
+from fxsparse.curvature.taps_mode import Operand
+from fxsparse.nn import Route, masked_weights
+
+
+@dataclass(eq=False)
+class _ColumnSquares(Squares):
+    """Squares of many columns: layers without positions need one product for all of them.
+
+    There (D_k^2)^T X^2 is linear in the squares of the output gradients, which are added up first.
+    """
+
+    held: dict[str, tuple[Part, Tensor]] = field(default_factory=dict)
+
+    def single(self, made: TapPass, name: str, part: Part, weight: float) -> None:
+        """Keep what can be added up; the rest goes its way."""
+        formula, shape = part.operand.formula, part.delta.shape
+        plain = isinstance(formula, LinearWeight) or (isinstance(formula, Summed) and formula.shape == shape[1:])
+        if not plain or part.layout.axis != 0 or len(shape) != 2 or shape[0] != made.samples:
+            super().single(made, name, part, weight)
+            return
+        before = self.held.get(name)
+        squares = part.delta.square()
+        self.held[name] = part, squares if before is None else before[1] + squares
+
+    def close(self, made: TapPass) -> None:
+        """Add what was kept."""
+        for name, (part, squares) in self.held.items():
+            formula = part.operand.formula.expanded()
+            assert formula is not None
+            whole = Part(Operand(part.operand.source, formula), part.site, part.layout, squares.sqrt())
+            super().single(made, name, whole, 1.0)
+
+
+class LayerSquares:
+    """Taps of an engine's model, examined on its first batch: which parameters they cover, and their squares.
+
+    Args:
+        engine: Whose parameters are wanted; one without opened masks.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._taps: Taps | None = None
+        self._made: TapPass | None = None
+        self._able = True
+
+    @classmethod
+    def of(cls, engine: Engine) -> LayerSquares | None:
+        """The taps of an engine; None where opened masks stand behind computations that taps do not see through."""
+        opened = engine.space.opened
+        specs = [weight.spec for weight in masked_weights(engine.model).values()] if opened else []
+        return None if any(spec.route is Route.EFFECTIVE for spec in specs) else cls(engine)
+
+    def forward(self, batch: Batch) -> Tensor | None:
+        """The outputs of the batch, whose taps are ready for `add`; None where they cannot be had."""
+        self._made = None
+        if not self._able:
+            return None
+        args, kwargs = positional(batch.inputs)
+        piece = FisherBatch(args, kwargs, batch.targets, None, batch.samples, False)
+        try:
+            with collecting_scope(self.engine.model):
+                if self._taps is None:
+                    own = {name: self.engine.parameter(name) for name in self.engine.space.shapes}
+                    self._taps = Taps(self.engine.model, own, self.engine.output)
+                    self._taps.examine(piece)
+                self._made = self._taps.run(piece)
+        except Unstable:
+            self._able = False  # the model goes another way on other inputs
+            return None
+        return self._made.z.detach()
+
+    def add(self, columns: Sequence[Tensor], sums: Tensors) -> frozenset[str]:
+        """Add the squares of all columns over the batch; the names of the parameters of which this is done."""
+        if self._made is None or self._taps is None:
+            return frozenset()
+        made, self._made = self._made, None
+        shapes = self.engine.space.shapes
+        covered = frozenset(name for name in shapes if name not in self._taps.refused)
+        groupings = {name: (element(tuple(shape)),) for name, shape in shapes.items() if name in covered}
+        squares = _ColumnSquares(made.samples, groupings, {}, dense=bool(self.engine.space.opened), separate=False)
+        with collecting_scope(self.engine.model):
+            for number, column in enumerate(columns):
+                squares.backward(made, column, 1.0, keep=number + 1 < len(columns))
+            squares.close(made)
+        for name in covered:
+            found = squares.values.get((name, ELEMENT))
+            if found is not None:
+                sums[name] += found.sum(0).view(shapes[name])
+        return covered

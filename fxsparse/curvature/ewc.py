@@ -1,0 +1,136 @@
+"""Elastic weight consolidation: a quadratic penalty for leaving what earlier tasks need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fxsparse.curvature.damage_tensors import Tensors, matched
+from fxsparse.errors import ConfigError
+from fxsparse.nn import masked_weights
+
+
+@dataclass(frozen=True, eq=False)
+class _Anchor:
+    fisher: Mapping[str, Tensor]
+    point: Mapping[str, Tensor]
+
+
+class EWC:
+    """E = lambda/2 sum_t sum_i F_t,i (theta_i - theta*_t,i)^2 (Kirkpatrick et al., arXiv 1612.00796).
+
+    Online (Schwarz et al., arXiv 1805.06370) it keeps one Fisher, F <- gamma F + F_t, and one anchor, the last one.
+    F is a mean over units: the Laplace precision is N F, and lambda absorbs N.
+
+    Args:
+        strength: lambda, at least 0.
+        online: One running Fisher instead of one for each task.
+        decay: gamma of the online form, in [0, 1].
+        alive_only: Only alive weights of masked parameters count.
+
+    Raises:
+        ConfigError: strength or decay out of range.
+
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> ewc = EWC(2.0)
+    >>> ewc.consolidate("a", {"weight": torch.tensor([[1.0, 3.0]])}, model)
+    >>> with torch.no_grad():
+    ...     _ = model.weight.add_(torch.tensor([[0.5, -1.0]]))
+    >>> ewc.penalty(model).item()
+    3.25
+    """
+
+    def __init__(
+        self, strength: float = 1.0, *, online: bool = False, decay: float = 1.0, alive_only: bool = False
+    ) -> None:
+        if not strength >= 0 or not 0 <= decay <= 1:
+            raise ConfigError(f"`strength` (={strength}) must be at least 0 and `decay` (={decay}) in [0, 1]")
+        self.strength, self.online, self.decay, self.alive_only = strength, online, decay, alive_only
+        self._anchors: dict[str, _Anchor] = {}
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks that have been consolidated and count; online the last one alone."""
+        return tuple(self._anchors)
+
+    def consolidate(self, task: str, fisher: Tensors, model: nn.Module) -> None:
+        """Take a task's Fisher and copy the parameters as they are now: the only moment at which the anchor moves.
+
+        Args:
+            task: Its name; a task that is consolidated again replaces its earlier self.
+            fisher: Its Fisher diagonal by parameter name; parameters without one are free.
+            model: Where the parameters are.
+
+        Raises:
+            ConfigError: an empty name, or a Fisher of no parameter or another shape.
+            DataError: a Fisher is negative or not finite.
+        """
+        if not task:
+            raise ConfigError("`task` (='') must be a name")
+        held = _held(model, fisher)
+        pairs = matched(fisher, held, "model")
+        mine = {name: f.to(held[name]).clone() for name, f, _ in pairs}
+        point = {name: held[name].detach().clone() for name in mine}
+        if self.online:
+            for old in self._anchors.values():
+                for name, before in old.fisher.items():
+                    if name in mine:
+                        mine[name] = self.decay * before.to(mine[name]) + mine[name]
+                    else:
+                        mine[name], point[name] = self.decay * before, old.point[name]
+            self._anchors = {}
+        self._anchors[task] = _Anchor(mine, point)
+
+    def penalty(self, model: nn.Module) -> Float[Tensor, ""]:
+        """E at the model's parameters, differentiable; gradient lambda F (theta - theta*)."""
+        alive = {n: w.mask for n, w in masked_weights(model).items()} if self.alive_only else {}
+        first = next(model.parameters())
+        total = torch.zeros((), dtype=first.dtype, device=first.device)
+        for anchor in self._anchors.values():
+            for name, parameter in _held(model, anchor.fisher).items():
+                terms = anchor.fisher[name].to(parameter) * (parameter - anchor.point[name].to(parameter)).square()
+                if name in alive:
+                    terms = torch.where(alive[name], terms, 0.0)
+                total = total + terms.sum().to(total)
+        return 0.5 * self.strength * total
+
+    def clear(self, task: str | None = None) -> None:
+        """Forget a task, or all.
+
+        Raises:
+            ConfigError: the task is not known.
+        """
+        if task is None:
+            self._anchors = {}
+        elif self._anchors.pop(task, None) is None:
+            raise ConfigError(f"`task` (={task!r}) was never consolidated; there are {', '.join(self.tasks) or 'none'}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the options; loads with `weights_only=True`."""
+        return {
+            "version": 1,
+            "anchors": {t: {"fisher": dict(a.fisher), "point": dict(a.point)} for t, a in self._anchors.items()},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where a saved one was.
+
+        Raises:
+            ConfigError: another version.
+        """
+        if state_dict.get("version") != 1:
+            raise ConfigError(f"`state_dict` (=version {state_dict.get('version')}) must be of version 1")
+        self._anchors = {t: _Anchor(a["fisher"], a["point"]) for t, a in state_dict["anchors"].items()}
+
+
+def _held(model: nn.Module, names: Tensors) -> dict[str, nn.Parameter]:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    missing = [name for name in names if name not in parameters]
+    if missing:
+        raise ConfigError(f"`fisher` names `{missing[0]}`, which is no parameter of the model")
+    return {name: parameters[name] for name in names}

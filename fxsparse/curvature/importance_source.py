@@ -1,0 +1,144 @@
+"""Curvature of a model's weights as they are now: what saliencies read at each mask update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fxsparse.curvature.importance import woodfisher_inverse
+from fxsparse.curvature.operator import CurvatureOperator
+from fxsparse.curvature.operator_data import Output
+from fxsparse.curvature.operator_output import Curvature
+from fxsparse.curvature.operator_space import Support
+from fxsparse.errors import ConfigError
+from fxsparse.nn import masked_weights
+
+T = TypeVar("T")
+
+
+class CurvatureSource:
+    """A model with a loss and calibration batches; results are kept until a parameter or a mask changes.
+
+    Args:
+        model: The model that is trained, without wrappers: weights are told by their memory.
+        loss: As for `CurvatureOperator`.
+        data: Calibration batches, the same at every update and on every rank.
+        kind: Of what the diagonal is taken.
+        method: "exact", "sketch" or "mc", see `CurvatureOperator.diag`.
+        samples: Draws, for the methods that draw.
+        chunk: Most samples at once.
+        unit: "sample" or "token".
+        seed: Seed of the draws.
+        output: Takes the logits out of what the model returns.
+
+    Raises:
+        ConfigError: an unknown kind.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Any,
+        data: Any,
+        *,
+        kind: Curvature | str = Curvature.GGN,
+        method: str = "exact",
+        samples: int = 1,
+        chunk: int | None = None,
+        unit: str = "sample",
+        seed: int = 0,
+        output: Output | None = None,
+    ) -> None:
+        self.model, self.loss, self.kind, self.method = model, loss, Curvature.of(kind), method
+        self.data = tuple(data) if not isinstance(data, tuple) and iter(data) is data else data
+        self.samples, self.chunk, self.unit, self.seed, self.output = samples, chunk, unit, seed, output
+        self._kept: dict[Any, tuple[Any, Any]] = {}
+
+    def name_of(self, weight: Tensor) -> str:
+        """The name of the model's parameter that shares this tensor's memory.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        for name, parameter in self.model.named_parameters():
+            same = parameter.data_ptr() == weight.data_ptr() and parameter.numel() > 0
+            if same and parameter.shape == weight.shape and parameter.device == weight.device:
+                return name
+        raise ConfigError(
+            f"`weight` (={tuple(weight.shape)}) is no parameter of the source's model: give CurvatureSource the very "
+            "model that is trained or pruned, not a copy"
+        )
+
+    def diagonal(self, weight: Tensor, *, dense: bool = False) -> Float[Tensor, "*shape"]:
+        """The weight's part of the curvature's diagonal.
+
+        Args:
+            weight: A parameter of the model, or a view of all of it.
+            dense: See dead weights through opened masks; else their curvature is what the model makes of it, mostly 0.
+        """
+        name = self.name_of(weight)
+        opened = dense and name in masked_weights(self.model)
+        return self._once(("diagonal", opened), lambda: self._diagonals(opened))[name]
+
+    def inverse_diagonal(self, weight: Tensor, damping: float, block: int) -> Float[Tensor, "*shape"]:
+        """The diagonal of the inverse of the weight's blocks of l I + (1/N) sum g g^T (WoodFisher), float64."""
+        found = self._once(("inverse", damping, block), lambda: self._inverses(damping, block))
+        return found[self.name_of(weight)]
+
+    def operator(self, mask: Support | None = None, params: Any = None) -> CurvatureOperator:
+        """The operator of this source."""
+        return CurvatureOperator(
+            self.model,
+            self._names if params is None else params,
+            self.loss,
+            self.data,
+            self.kind,
+            mask,
+            self.chunk,
+            unit=self.unit,
+            seed=self.seed,
+            output=self.output,
+            check=False,
+        )
+
+    @property
+    def _names(self) -> list[str]:
+        """Masked weights where there are masks: nobody asks for the others."""
+        return list(masked_weights(self.model)) or [
+            n for n, p in self.model.named_parameters() if p.is_floating_point()
+        ]
+
+    def _diagonals(self, opened: bool) -> Mapping[str, Tensor]:
+        operator = self.operator(Support.DENSE if opened else None)
+        return operator.space.split(operator.diag(self.method, self.samples))
+
+    def _inverses(self, damping: float, block: int) -> Mapping[str, Tensor]:
+        operator = self.operator()
+        rows: dict[str, list[Tensor]] = {name: [] for name in operator.space.names}
+        for piece in operator.sample_gradients():
+            for name, gradient in piece.items():
+                rows[name].append(gradient.flatten(1))
+        found = {}
+        for name, shape in operator.space.shapes.items():
+            inverse = woodfisher_inverse(torch.cat(rows.pop(name)), damping, block)
+            found[name] = inverse.diagonal(dim1=1, dim2=2).reshape(-1)[: shape.numel()].reshape(shape)
+        return found
+
+    def _once(self, key: Any, make: Callable[[], T]) -> T:
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        state = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+        kept = self._kept.get(key)
+        if kept is None or kept[0] != state:
+            self._kept[key] = kept = (state, make())
+        found: T = kept[1]
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": {}}
+
+    def __repr__(self) -> str:
+        return f"CurvatureSource({self.kind.value}, {self.method}, samples={self.samples}, seed={self.seed})"

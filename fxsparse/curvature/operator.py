@@ -1,0 +1,426 @@
+"""Curvature as a matrix-free symmetric operator over a model's parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from fxsparse.curvature.diagonal import sampled_diagonal, squared_rows, stacked_rows
+from fxsparse.curvature.diagonal_layers import LayerSquares
+from fxsparse.curvature.eigs import Spectrum, lanczos, lobpcg
+from fxsparse.curvature.losses import MSE, BCEWithLogits, as_loss
+from fxsparse.curvature.operator_data import Batch, Data, Output
+from fxsparse.curvature.operator_engine import Engine, Tensors
+from fxsparse.curvature.operator_output import Curvature, OutputCurvature
+from fxsparse.curvature.operator_scope import check_uncoupled, curvature_scope
+from fxsparse.curvature.operator_space import Selection, Support, parameter_space
+from fxsparse.curvature.trace import TraceEstimate, TraceMethod, estimate_trace
+from fxsparse.errors import ConfigError, DataError
+from fxsparse.sparsity import Mask
+from fxsparse.sparsity.random import generator as keyed_generator
+
+DENSE_LIMIT = 4096
+"""Most columns of a block or of a whole matrix that is written out."""
+_ROW_BUDGET = 1 << 24  # elements of per-sample rows in memory at once
+
+
+class CurvatureOperator:
+    """G = (1/M) sum over units of J^T B J, or the Hessian, over the flattened parameters: products, never the matrix.
+
+    A linear operator of scipy's protocol (`shape`, `dtype`, `matvec`, `matmat`; `scipy.sparse.linalg.aslinearoperator`
+    takes it) and of torch tensors (`mv`, `mm`, `@`). The model is evaluated in evaluation mode, as it is at the moment
+    of the call, and nothing of it or of global state is changed. Memory is that of a forward and backward pass.
+
+    Args:
+        model: Any module; masks are respected.
+        params: Names or parameters; None = all that require a gradient.
+        loss: `CrossEntropy()`, `BCEWithLogits()`, `MSE()`, a torch loss or its name; how it reduces over samples
+            does not matter.
+        data: Batches `(inputs, targets)`, read once per product, or one such pair. Targets may be missing where the
+            curvature does not depend on them.
+        kind: See `Curvature`; its value as a string will do.
+        mask: The coordinates that take part: a `Support` ("on", "off", "dense") for the model's own masks, bool tensors
+            by parameter name, or one flat bool tensor. G_S = P_S G P_S: other coordinates of products are exact zeros.
+        chunk: Most samples at once; None = whole batches.
+        damping: Added to the diagonal of the support.
+        unit: "sample" or "token": what M counts, and of what the empirical Fisher takes gradients.
+        draws: Labels drawn for each unit ("fisher_mc").
+        seed: Seed of all draws.
+        output: Takes the logits out of what the model returns, where it is no tensor.
+        check: Compute one product twice and refuse data or a model that do not repeat themselves.
+
+    Raises:
+        ConfigError: an option, a parameter or a mask that does not fit.
+        UnsupportedLoss: the loss has no likelihood ("fisher", "fisher_mc") or no output Hessian.
+        CoupledSamples: a norm takes its statistics from the batch.
+        DataError: no valid unit, or the check failed.
+        CaptureError: the model cannot be differentiated.
+
+    >>> model = nn.Linear(2, 3).double()
+    >>> batch = (torch.eye(2, dtype=torch.float64), torch.tensor([0, 2]))
+    >>> ggn = CurvatureOperator(model, None, "cross_entropy", batch)
+    >>> ggn.shape, bool(torch.allclose(ggn.dense(), ggn.dense().T))
+    ((9, 9), True)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Selection,
+        loss: Any,
+        data: Any,
+        kind: Curvature | str = Curvature.GGN,
+        mask: Support | str | Mapping[str, Tensor | Mask] | Tensor | None = None,
+        chunk: int | None = None,
+        damping: float = 0.0,
+        *,
+        unit: str = "sample",
+        draws: int = 1,
+        seed: int = 0,
+        output: Output | None = None,
+        check: bool = True,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"`model` (={type(model).__name__}) must be a torch.nn.Module")
+        _check_options(chunk, damping, unit, draws)
+        check_uncoupled(model)
+        self.model, self.kind, self.chunk, self.damping, self.seed = model, Curvature.of(kind), chunk, damping, seed
+        self.space = parameter_space(model, params, mask)
+        own = as_loss(loss)
+        if unit == "token" and isinstance(own, MSE | BCEWithLogits):
+            own = dataclasses.replace(own, per_position=True)  # a mean is taken over the outputs of a unit
+        self.data = Data(data, self.space.device, getattr(own, "ignore_index", -100))
+        self.curvature = OutputCurvature(self.kind, own, unit == "token", draws, seed)
+        self.engine = Engine(model, self.space, output)
+        self._units: int | None = None
+        self._layers = LayerSquares.of(self.engine)
+        if check:
+            self._check_repeats()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(P, P)."""
+        return self.space.size, self.space.size
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The parameters' dtype, numpy's, as scipy wants it."""
+        found: np.dtype[Any] = torch.empty(0, dtype=self.space.dtype).numpy().dtype
+        return found
+
+    @property
+    def units(self) -> int:
+        """M: the samples, or valid tokens, of all batches."""
+        if self._units is None:
+            with curvature_scope(self.model):
+                counts = [self.curvature.units(self.engine.outputs(b), b) for b in self._pieces()]
+            self._units = self._counted(sum(counts))
+        return self._units
+
+    def mv(self, v: Any) -> Any:
+        """G v: a flat vector, torch or numpy, or tensors by parameter name; the result is of the same kind."""
+        if isinstance(v, np.ndarray):
+            found: npt.NDArray[Any] = self.mv(torch.from_numpy(v.reshape(-1)).to(self._like)).cpu().numpy()
+            return found.astype(v.dtype if v.dtype.kind == "f" else self.dtype).reshape(v.shape)
+        if isinstance(v, Mapping):
+            return self.space.split(self.mv(self.space.flat(v)))
+        return self.mm(v[:, None])[:, 0]
+
+    def mm(self, columns: Any) -> Any:
+        """G V for columns V [P, k], torch or numpy."""
+        if isinstance(columns, np.ndarray):
+            return self.mm(torch.from_numpy(columns).to(self._like)).cpu().numpy()
+        if columns.ndim != 2 or columns.shape[0] != self.space.size:
+            raise ConfigError(
+                f"`v` (={tuple(columns.shape)}) must have {self.space.size} rows, one for each coordinate"
+            )
+        kept = self.space.project(columns.detach().to(self._like))
+        tangents = self.space.split(kept)
+        sums: Tensor | None = None
+        units = 0
+        with curvature_scope(self.model):
+            for batch in self._pieces():
+                found, count = self._batch_product(batch, tangents)
+                units += count
+                sums = found if sums is None else sums.add_(found)
+        self._units = self._counted(units)
+        assert sums is not None
+        found = self.space.project(sums.div_(self._units))
+        return found.add_(kept, alpha=self.damping) if self.damping else found
+
+    def quadform(self, v: Any) -> float:
+        """v^T G v = (1/M) sum (J v)^T B (J v): no backward pass, except for the Hessian."""
+        flat = self.space.flat(v) if isinstance(v, Mapping) else torch.as_tensor(v).reshape(-1)
+        flat = self.space.project(flat.to(self._like))
+        damped = self.damping * float(flat.double().square().sum())
+        if self.kind is Curvature.HESSIAN:
+            return float(flat.double() @ self.mv(flat).double())
+        tangents = self.space.split(flat[:, None])
+        total, units = 0.0, 0
+        with curvature_scope(self.model):
+            for batch in self._pieces():
+                z, along = self.engine.push(batch, tangents)
+                units += self.curvature.units(z, batch)
+                total += float((along[0].double() * self.curvature.bend(z, along[0], batch).double()).sum())
+        return total / self._counted(units) + damped
+
+    def diag(
+        self,
+        method: str = "exact",
+        samples: int = 1,
+        chunk: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, " P"]:
+        """The diagonal of G (of G_S, zeros elsewhere).
+
+        Args:
+            method: "exact"; "mc" (labels drawn from the model) or "sketch" (random signs on the square root of the
+                output Hessian, of less variance on trained models), both unbiased for the GGN; "hutchinson" (r * G r).
+            samples: Draws, for the methods that draw.
+            chunk: Most samples whose rows are held at once; None = by memory.
+            generator: Source of the draws (CPU); the operator's seed otherwise.
+
+        Raises:
+            ConfigError: the method does not apply to the kind.
+        """
+        drawn = method in ("mc", "sketch", "hutchinson")
+        if method != "exact" and not drawn:
+            raise ConfigError(f"`method` (={method!r}) must be exact, mc, sketch or hutchinson")
+        if samples < 1:
+            raise ConfigError(f"`samples` (={samples}) must be at least 1")
+        source = generator or keyed_generator(self.seed, 0, 0, f"diagonal_{method}")
+        if method == "hutchinson" or (self.kind is Curvature.HESSIAN and method == "exact"):
+            return self._diagonal_of_products(samples if drawn else None, source)
+        if drawn and self.kind not in (Curvature.GGN, Curvature.FISHER):
+            raise ConfigError(
+                f"`method` (={method!r}) draws for the GGN; kind {self.kind.value!r} has an exact diagonal"
+            )
+        sums = torch.zeros(self.space.size, dtype=torch.float64, device=self.space.device)
+        units = 0
+        layers = self._layers
+        with curvature_scope(self.model):
+            for batch in self._pieces():
+                if drawn:
+                    found, count = sampled_diagonal(
+                        self.engine, self.curvature, batch, method, samples, source, chunk, layers
+                    )
+                else:
+                    found, count = squared_rows(self.engine, self.curvature, batch, chunk, layers)
+                sums += self.space.flat(found).double()
+                units += count
+        self._units = self._counted(units)
+        found_flat = (sums / self._units).to(self.space.dtype)
+        return self.space.project(found_flat + self.damping)
+
+    def block(self, names: Sequence[str]) -> Float[Tensor, "b b"]:
+        """The dense block of G_S of these parameters, in the operator's order.
+
+        Raises:
+            ConfigError: more than 4096 columns.
+        """
+        places = [self.space.slice_of(name) for name in self.space.names if name in set(names)]
+        for name in names:
+            self.space.slice_of(name)  # raises for an unknown one
+        index = torch.cat([torch.arange(s.start, s.stop, device=self.space.device) for s in places])
+        return self._written(index, [name for name in self.space.names if name in set(names)])
+
+    def dense(self) -> Float[Tensor, "P P"]:
+        """The whole matrix P_S G P_S, for tests and small models.
+
+        Raises:
+            ConfigError: P exceeds 4096.
+        """
+        return self._written(torch.arange(self.space.size, device=self.space.device), self.space.names)
+
+    def submatrix(self) -> Float[Tensor, "s s"]:
+        """The dense rows and columns of the support alone.
+
+        Raises:
+            ConfigError: P exceeds 4096.
+        """
+        dense = self.dense()
+        return dense if self.space.support is None else dense[self.space.support][:, self.space.support]
+
+    def trace(
+        self,
+        method: TraceMethod | str = TraceMethod.EXACT,
+        m: int = 30,
+        generator: torch.Generator | None = None,
+    ) -> TraceEstimate:
+        """The trace of G_S; see `estimate_trace`. "exact" sums the exact diagonal.
+
+        Raises:
+            ConfigError: an unknown method, or too few products.
+        """
+        chosen = TraceMethod.of(method)
+        if chosen is TraceMethod.EXACT:
+            return TraceEstimate(float(self.diag().double().sum()), 0.0, 0, chosen)
+        source = generator or keyed_generator(self.seed, 0, 0, "trace")
+        return estimate_trace(self, chosen, m, source)
+
+    def eigs(
+        self,
+        k: int = 1,
+        which: str = "LA",
+        iters: int | None = None,
+        tol: float = 1e-6,
+        *,
+        method: str = "lanczos",
+        generator: torch.Generator | None = None,
+        start: Tensor | None = None,
+    ) -> Spectrum:
+        """Extreme eigenpairs of G_S on its support; see `lanczos` and `lobpcg`.
+
+        Raises:
+            ConfigError: an unknown method or end of the spectrum, or k outside 1..|S|.
+        """
+        source = generator or keyed_generator(self.seed, 0, 0, "eigs")
+        if method == "lanczos":
+            return lanczos(self, k, which, iters, tol, source, start)
+        if method == "lobpcg":
+            return lobpcg(self, k, which, iters, tol, source)
+        raise ConfigError(f"`method` (={method!r}) must be lanczos or lobpcg")
+
+    def gradient(self) -> Float[Tensor, " P"]:
+        """The mean gradient of the loss over the same units, zero outside the support."""
+        sums = torch.zeros(self.space.size, dtype=torch.float64, device=self.space.device)
+        units = 0
+        with curvature_scope(self.model):
+            for batch in self._pieces():
+                z = self.engine.outputs(batch)
+                units += self.curvature.units(z, batch)
+                found = self.engine.gradient(batch, lambda z, b=batch: self._slope(z, b))  # type: ignore[misc]  # default
+                sums += self.space.flat(found).double()
+        return self.space.project((sums / self._counted(units)).to(self.space.dtype))
+
+    def sample_gradients(self, chunk: int | None = None) -> Iterator[dict[str, Float[Tensor, "n ..."]]]:
+        """The gradient g_n of every sample's own loss, never divided by N, by parameter, some samples at a time."""
+        for batch in self._pieces():
+            with curvature_scope(self.model):
+                size = chunk or max(1, _ROW_BUDGET // max(self.space.size, 1))
+                for piece in batch.pieces(size):
+                    z = self.engine.outputs(piece)
+                    rows = self.engine.rows(piece, self._slope(z, piece)[None], self.space.names)
+                    found = {name: row[0] for name, row in rows.items()}
+                    yield found
+
+    def matvec(self, v: Any) -> Any:
+        """`mv`, by scipy's name."""
+        return self.mv(v)
+
+    def rmatvec(self, v: Any) -> Any:
+        """`mv`: the operator is symmetric."""
+        return self.mv(v)
+
+    def matmat(self, columns: Any) -> Any:
+        """`mm`, by scipy's name."""
+        return self.mm(columns)
+
+    def rmatmat(self, columns: Any) -> Any:
+        """`mm`: the operator is symmetric."""
+        return self.mm(columns)
+
+    def __matmul__(self, other: Any) -> Any:
+        return self.mm(other) if not isinstance(other, Mapping) and other.ndim == 2 else self.mv(other)
+
+    def __repr__(self) -> str:
+        return f"CurvatureOperator({self.kind.value}, shape={self.shape}, support={self.space.active})"
+
+    @property
+    def _like(self) -> Tensor:
+        return torch.empty(0, dtype=self.space.dtype, device=self.space.device)
+
+    def _pieces(self) -> Iterator[Batch]:
+        for batch in self.data:
+            yield from batch.pieces(self.chunk)
+
+    def _slope(self, z: Tensor, batch: Batch) -> Tensor:
+        return self.curvature.loss.gradient(z, batch.targets)
+
+    def _counted(self, units: int) -> int:
+        if units < 1:
+            raise DataError("`data` (=no valid unit) must have at least one label that counts")
+        return units
+
+    def _batch_product(self, batch: Batch, tangents: Tensors) -> tuple[Shaped[Tensor, "P k"], int]:
+        counts: list[int] = []
+
+        def bend(z: Tensor, along: Tensor) -> Tensor:
+            counts[:] = [self.curvature.units(z, batch)]
+            return self.curvature.bend(z, along, batch)
+
+        if self.kind is Curvature.HESSIAN:
+            counts = [self.curvature.units(self.engine.outputs(batch), batch)]
+            found = self.engine.second(batch, tangents, lambda z: self.curvature.total(z, batch))
+        else:
+            found = self.engine.product(batch, tangents, bend)
+        return torch.cat([found[name].flatten(1).mT for name in self.space.names]), counts[0]
+
+    def _diagonal_of_products(self, samples: int | None, source: torch.Generator) -> Tensor:
+        size = self.space.size
+        if samples is not None:
+            signs = torch.randint(2, (size, samples), generator=source).mul_(2).sub_(1).to(self._like)
+            return self.space.project((self.mm(signs) * signs).mean(1))
+        found = torch.zeros(size, dtype=self.space.dtype, device=self.space.device)
+        active = torch.arange(size, device=self.space.device)
+        active = active if self.space.support is None else active[self.space.support]
+        for index in torch.split(active, 64):
+            found[index] = self.mm(self._units_of(index)).gather(0, index[None])[0]
+        return found
+
+    def _units_of(self, index: Tensor) -> Tensor:
+        basis = torch.zeros(self.space.size, len(index), dtype=self.space.dtype, device=self.space.device)
+        basis[index, torch.arange(len(index), device=self.space.device)] = 1.0
+        return basis
+
+    def _written(self, index: Tensor, names: Sequence[str]) -> Tensor:
+        if len(index) > DENSE_LIMIT:
+            raise ConfigError(f"the block has {len(index)} columns, more than {DENSE_LIMIT}; use products, mv and mm")
+        if self.kind is Curvature.HESSIAN:
+            parts = [self.mm(self._units_of(part))[index] for part in torch.split(index, 64)]
+            return torch.cat(parts, 1)
+        keep = torch.ones_like(index, dtype=torch.bool) if self.space.support is None else self.space.support[index]
+        gram = torch.zeros(len(index), len(index), dtype=torch.float64, device=self.space.device)
+        units = 0
+        with curvature_scope(self.model):
+            for batch in self._pieces():
+                units += self.curvature.units(self.engine.outputs(batch), batch)
+                for rows in stacked_rows(self.engine, self.curvature, batch, names):
+                    kept = torch.where(keep, rows, 0.0).double()
+                    gram.addmm_(kept.mT, kept)
+        self._units = self._counted(units)
+        damped = self.damping * torch.diag(keep.double())
+        return (gram / self._units + damped).to(self.space.dtype)
+
+    def _check_repeats(self) -> None:
+        source = keyed_generator(self.seed, 0, 0, "determinism")
+        v = torch.randn(self.space.size, generator=source, dtype=torch.float64).to(self._like)
+        first, m = self.mv(v), self._units
+        second, again = self.mv(v), self._units
+        scale = float(first.abs().max())
+        worst = float((first - second).abs().max())
+        tolerance = 1e-9 if self.space.dtype is torch.float64 else 1e-3
+        if m != again or not worst <= tolerance * max(scale, torch.finfo(self.space.dtype).tiny):
+            raise DataError(
+                f"two products with one vector differ by {worst:.3g} of {scale:.3g} (M = {m}, {again}): the data "
+                "change between passes (shuffling, augmentation), the model draws random numbers, or values are not "
+                "finite; mend that, or give check=False"
+            )
+
+
+def _check_options(chunk: int | None, damping: float, unit: str, draws: int) -> None:
+    if chunk is not None and chunk < 1:
+        raise ConfigError(f"`chunk` (={chunk}) must be at least 1, or None")
+    if not damping >= 0:
+        raise ConfigError(f"`damping` (={damping}) must be at least 0")
+    if unit not in ("sample", "token"):
+        raise ConfigError(f"`unit` (={unit!r}) must be sample or token")
+    if draws < 1:
+        raise ConfigError(f"`draws` (={draws}) must be at least 1")

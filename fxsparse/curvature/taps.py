@@ -1,0 +1,371 @@
+"""One tapped forward pass and its backward passes, and how they are made sure of.
+
+The first batch is examined on a few samples: where the samples lie at each site, and whether the per-sample gradients
+that come out equal those of autograd. A parameter of which that cannot be shown goes the slow way
+(`taps_fallback`), with the reason.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxsparse.curvature.fisher_batch import FisherBatch
+from fxsparse.curvature.fisher_types import CoupledSamples
+from fxsparse.curvature.groups_types import Reading
+from fxsparse.curvature.taps_call import call_with
+from fxsparse.curvature.taps_formulas import ConvWeight, EmbeddingWeight, LinearWeight
+from fxsparse.curvature.taps_layout import Layout, candidates, consistent
+from fxsparse.curvature.taps_mode import Operand, Site, TapMode
+from fxsparse.curvature.taps_rules import RULES
+from fxsparse.errors import DataError
+from fxsparse.graph.inputs import tensors_of
+
+_SKETCH = 4096
+EXAMINED = 3
+"""How many samples are examined."""
+
+Output = Callable[[Any], Tensor]
+
+
+class Unstable(Exception):
+    """The model took another path than on the samples that were examined."""
+
+
+@dataclass(eq=False)
+class Part:
+    """One operand of one site with the gradient that has arrived there."""
+
+    operand: Operand
+    site: Site
+    layout: Layout
+    delta: Tensor
+
+
+@dataclass(eq=False)
+class TapPass:
+    """A forward pass.
+
+    Attributes:
+        mode: the mode under which it ran.
+        z: the outputs.
+        samples: N.
+        single: the parameters that are read once, as they are; their parts are handed on as soon as they arrive.
+        masked: see `carried`.
+    """
+
+    mode: TapMode
+    z: Tensor
+    samples: int
+    layouts: Mapping[int, Layout | None]
+    single: frozenset[str] = frozenset()
+    closed: frozenset[int] = frozenset()
+    _pending: list[Part] = field(default_factory=list)
+    _hand: Callable[[str, Part], None] | None = None
+
+    def parts(self, cotangent: Tensor, hand: Callable[[str, Part], None], keep: bool) -> dict[str, list[Part]]:
+        """Back-propagate a cotangent of z.
+
+        Args:
+            cotangent: like z.
+            hand: gets the parts of parameters in `single`.
+            keep: whether another backward pass follows.
+
+        Returns:
+            The parts of all other parameters.
+        """
+        self._pending, self._hand = [], hand
+        if self.z.requires_grad:
+            leaves = self.mode.leaves
+            found = torch.autograd.grad(self.z, leaves, cotangent, retain_graph=keep, allow_unused=True)
+            given = {id(leaf): gradient for leaf, gradient in zip(leaves, found, strict=True)}
+            for site in self.mode.sites:
+                if site.leaf is not None and given[id(site.leaf)] is not None:
+                    self.receive(site, given[id(site.leaf)])
+        pending, self._pending, self._hand = self._pending, [], None
+        parts: dict[str, list[Part]] = {}
+        for part in pending:
+            for name in part.operand.source.names:
+                parts.setdefault(name, []).append(part)
+        return parts
+
+    @torch.no_grad()
+    def receive(self, site: Site, delta: Tensor | None) -> None:
+        """What a site's tap calls."""
+        layout = self.layouts.get(site.number)
+        if self._hand is None or delta is None or layout is None or site.number in self.closed:
+            return
+        site.check_saved()
+        for operand in site.operands:
+            part = Part(operand, site, layout, delta.detach())
+            if operand.source.direct in self.single:
+                assert operand.source.direct is not None
+                self._hand(operand.source.direct, part)
+            else:
+                self._pending.append(part)
+
+    def per_sample(self, name: str, parts: list[Part], first: int, last: int, dense: bool = False) -> Tensor:
+        """The gradients of one parameter of the samples `first`..`last`, summed over its uses: [last - first, *shape].
+
+        Args:
+            name: the parameter.
+            parts: all of its parts of one backward pass.
+            first: first sample.
+            last: one behind the last sample.
+            dense: whether a mask between the parameter and its reader is overlooked.
+        """
+        alias = self.mode.aliases[name]
+        total: Tensor | None = None
+        for part in parts:
+            g = part.operand.formula.per_sample(part.delta, part.layout, self.samples, first, last)
+            source = part.operand.source
+            if source.direct is None:
+                g = pulled_back(source.tensor, alias, g)
+            elif source.mask is not None and not dense:
+                g = g * source.mask
+            total = g if total is None else total + g
+        assert total is not None
+        return total
+
+
+def pulled_back(value: Tensor, alias: Tensor, cotangents: Tensor) -> Tensor:
+    """Cotangents [n, *value.shape] of an expression carried back to a parameter: [n, *alias.shape]."""
+    with torch.enable_grad():
+        try:
+            (found,) = torch.autograd.grad(
+                value, alias, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=True
+            )
+        except RuntimeError:  # an operator of the expression has no batched derivative
+            each = [torch.autograd.grad(value, alias, c, retain_graph=True, allow_unused=True)[0] for c in cotangents]
+            found = None if each[0] is None else torch.stack(each)
+    return cotangents.new_zeros((len(cotangents), *alias.shape)) if found is None else found.detach()
+
+
+class Taps:
+    """The taps of a model, examined on its first batch.
+
+    Args:
+        model: the model; it is run as it is.
+        parameters: by first name, those that are wanted.
+        output: takes the outputs z out of what the model returns.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], output: Output) -> None:
+        self.model, self.parameters, self.output = model, dict(parameters), output
+        wanted = {id(parameter) for parameter in parameters.values()}
+        self.others = [p for p in model.parameters() if id(p) not in wanted and p.requires_grad]
+        self.layouts: dict[int, Layout | None] = {}
+        self.signatures: list[tuple[Any, ...]] = []
+        self.readings: dict[str, Reading] = {}
+        self.refused: dict[str, str] = {}
+        self.evidence: tuple[FisherBatch, Tensor, dict[str, Tensor]]
+
+    def run(self, batch: FisherBatch) -> TapPass:
+        """A forward pass with taps.
+
+        Raises:
+            Unstable: it differs from the pass that was examined.
+        """
+        made = self._run(batch, self.layouts)
+        signatures = [site.signature for site in made.mode.sites]
+        for site in made.mode.sites:
+            layout = self.layouts.get(site.number)
+            if signatures[site.number : site.number + 1] != self.signatures[site.number : site.number + 1] or (
+                layout is not None and not layout.fits(site.shape[layout.axis], batch.samples)
+            ):
+                raise Unstable
+        uncovered = set(made.mode.uncovered) - set(self.refused)
+        if len(signatures) != len(self.signatures) or uncovered:
+            raise Unstable
+        made.single = self._single(made.mode)
+        return made
+
+    def _run(self, batch: FisherBatch, layouts: Mapping[int, Layout | None] | None) -> TapPass:
+        held: list[weakref.ref[TapPass]] = []  # weak: the graph's hooks must not keep the graph alive
+
+        def receive(site: Site, delta: Tensor) -> None:
+            made = held[0]() if held else None
+            if made is not None:
+                made.receive(site, delta)
+
+        mode = TapMode(self.parameters, self.others, RULES, receive, layouts)
+        args, kwargs = batch.fresh()
+        for tensor in tensors_of((args, kwargs)):
+            mode.data(tensor)
+        with mode:
+            returned = self.model(*args, **kwargs)
+        z = self.output(returned)
+        made = TapPass(mode, z, batch.samples, layouts or {})
+        held.append(weakref.ref(made))
+        return made
+
+    def _single(self, mode: TapMode) -> frozenset[str]:
+        count: dict[str, int] = {}
+        for site in mode.sites:
+            for operand in site.operands:
+                for name in operand.source.names:
+                    count[name] = count.get(name, 0) + (1 if operand.source.direct else 2)
+        return frozenset(name for name, times in count.items() if times == 1)
+
+    def examine(self, batch: FisherBatch) -> None:
+        """Find the layouts on a few samples and compare the per-sample gradients with autograd's.
+
+        Raises:
+            CoupledSamples: the outputs of one sample depend on the others.
+        """
+        few = batch.select(list(range(min(EXAMINED, batch.samples))) if batch.samples > 1 else [0, 0])
+        generator = torch.Generator().manual_seed(0)
+        references, plain, cotangent = self._references(few, generator)
+        self.evidence = few, cotangent, references
+        self._check_uncoupled(few, plain)
+        try:
+            self.layouts = self._find_layouts(few, cotangent)
+        except (RuntimeError, DataError, TypeError, AttributeError, ValueError) as error:
+            self.refused = dict.fromkeys(self.parameters, f"its operators cannot be tapped ({error})")
+            return
+        try:
+            made = self._run(few, self.layouts)
+        except (RuntimeError, DataError, TypeError, AttributeError, ValueError) as error:
+            self.refused = dict.fromkeys(self.parameters, f"its operators cannot be tapped ({error})")
+            return
+        self.signatures = [site.signature for site in made.mode.sites]
+        self.refused = dict(made.mode.uncovered)
+        for site in made.mode.sites:
+            if self.layouts.get(site.number) is None:
+                for operand in site.operands:
+                    reason = f"the samples lie along no axis at `{site.what}`"
+                    self.refused.update(dict.fromkeys(operand.source.names, reason))
+        parts = made.parts(cotangent, lambda name, part: None, keep=False)
+        self._compare(made, parts, references)
+        self.readings = _readings(made.mode.sites, self.parameters)
+
+    def _references(self, few: FisherBatch, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Per-sample gradients by autograd alone, sketched, of random cotangents; the outputs and the cotangents."""
+        leaves = {name: p.detach().requires_grad_(True) for name, p in self.parameters.items()}
+        args, kwargs = few.fresh()
+        z = self.output(call_with(self.model, leaves, args, kwargs))
+        if not z.ndim or z.shape[0] != few.samples:
+            raise DataError(
+                f"the outputs (={tuple(z.shape)}) must have the samples along axis 0: give `output`, a function that "
+                "takes them out of what the model returns"
+            )
+        cotangent = torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z)
+        found: dict[str, list[Tensor]] = {name: [] for name in leaves}
+        for n in range(few.samples):
+            current: dict[str, Tensor] = {}
+            handles = [_sketch_on_arrival(leaf, name, current) for name, leaf in leaves.items()]
+            try:
+                if z.requires_grad:
+                    torch.autograd.backward(z[n], cotangent[n], retain_graph=True, inputs=list(leaves.values()))
+            finally:
+                for handle in handles:
+                    handle.remove()
+            for name, leaf in leaves.items():
+                found[name].append(current[name] if name in current else sketched(torch.zeros_like(leaf.detach())))
+        return {name: torch.stack(each) for name, each in found.items()}, z.detach(), cotangent
+
+    @torch.no_grad()
+    def _check_uncoupled(self, few: FisherBatch, z: Tensor) -> None:
+        """The outputs of the first sample must not change with the others."""
+        again = few.select([0] * few.samples) if few.samples > 1 else few
+        args, kwargs = again.fresh()
+        alone = self.output(self.model(*args, **kwargs))[:1]
+        scale = float(z[:1].abs().max()) if z.numel() else 0.0
+        difference = float((alone - z[:1]).abs().max()) if z.numel() else 0.0
+        if difference > 100 * torch.finfo(z.dtype).eps ** 0.75 * max(scale, 1e-30):
+            raise CoupledSamples(
+                f"the outputs of a sample change by {difference:.3g} when the other samples of its batch change, so "
+                "that it has no gradient of its own: remove what mixes samples (batch statistics, randomness)"
+            )
+
+    def _find_layouts(self, few: FisherBatch, cotangent: Tensor) -> dict[int, Layout | None]:
+        arrived: dict[int, list[Tensor | None]] = {}
+        made = self._run(few, None)
+        sites = made.mode.sites
+        leaves = made.mode.leaves
+        for n in range(few.samples):
+            current: dict[int, Tensor] = {}
+            made.receive = lambda site, delta: current.__setitem__(site.number, delta)  # type: ignore[method-assign, assignment]  # noqa: B023, E501  (only for this pass)
+            alone = torch.zeros_like(cotangent)
+            alone[n] = cotangent[n]
+            if made.z.requires_grad:
+                found = torch.autograd.grad(made.z, leaves, alone, retain_graph=True, allow_unused=True)
+                given = {id(leaf): gradient for leaf, gradient in zip(leaves, found, strict=True)}
+                for site in sites:
+                    if site.leaf is not None and given[id(site.leaf)] is not None:
+                        current[site.number] = given[id(site.leaf)]
+            for site in sites:
+                arrived.setdefault(site.number, []).append(current.get(site.number))
+        return {site.number: _layout(site, arrived[site.number], few.samples) for site in sites}
+
+    def _compare(self, made: TapPass, parts: dict[str, list[Part]], references: dict[str, Tensor]) -> None:
+        total = torch.stack([r.double().norm() for r in references.values()]).norm() if references else 0.0
+        for name, reference in references.items():
+            if name in self.refused:
+                continue
+            eps = torch.finfo(reference.dtype).eps
+            mine = torch.zeros_like(reference)
+            if name in parts:
+                each = [sketched(made.per_sample(name, parts[name], n, n + 1)[0]) for n in range(made.samples)]
+                mine = torch.stack(each).to(reference)
+            floor = 1e-3 * float(total) if eps > 1e-10 else 1e-6 * float(total)
+            difference = float((mine - reference).double().norm())
+            if not difference <= eps**0.6 * (float(reference.double().norm()) + floor):
+                self.refused[name] = "the taps miss some of its uses, which do not go through torch's operators"
+
+
+def sketched(g: Tensor) -> Tensor:
+    """A linear sketch of at most 4096 numbers: what is compared of a gradient, which may be too large to be kept."""
+    flat = g.detach().flatten()
+    if flat.numel() <= _SKETCH:
+        return flat.clone()
+    whole = flat.numel() // _SKETCH * _SKETCH
+    weights = torch.arange(whole // _SKETCH, dtype=torch.float64).cos().to(flat)
+    result = weights @ flat[:whole].view(-1, _SKETCH)
+    result[: flat.numel() - whole] += 0.7 * flat[whole:]
+    return result
+
+
+def _sketch_on_arrival(leaf: Tensor, name: str, into: dict[str, Tensor]) -> Any:
+    def take(tensor: Tensor) -> None:
+        assert tensor.grad is not None
+        into[name] = sketched(tensor.grad)
+        tensor.grad = None
+
+    return leaf.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]  # untyped in torch
+
+
+def _layout(site: Site, gradients: list[Tensor | None], samples: int) -> Layout | None:
+    axes = site.operands[0].formula.axes(site.shape)
+    for operand in site.operands[1:]:
+        other = set(operand.formula.axes(site.shape))
+        axes = [axis for axis in axes if axis in other]
+    supports = [torch.zeros(site.shape, dtype=torch.bool) if g is None else (g != 0).cpu() for g in gradients]
+    for layout in candidates(site.shape, axes, samples):
+        if consistent(layout, supports, samples):
+            return layout
+    return None
+
+
+def _readings(sites: list[Site], parameters: Mapping[str, Tensor]) -> dict[str, Reading]:
+    """How each parameter is read, where that is the same everywhere and its shape is kept."""
+    found: dict[str, set[Reading]] = {}
+    for site in sites:
+        for operand in site.operands:
+            formula = operand.formula
+            for name in operand.source.names:
+                if tuple(parameters[name].shape) != tuple(formula.shape):
+                    continue
+                if isinstance(formula, LinearWeight):
+                    found.setdefault(name, set()).add(Reading(1 if formula.transposed else 0))
+                elif isinstance(formula, ConvWeight):
+                    spec = formula.spec
+                    found.setdefault(name, set()).add(Reading("leading", spec.groups) if spec.transposed else Reading())
+                elif isinstance(formula, EmbeddingWeight):
+                    found.setdefault(name, set()).add(Reading(tokens=True))
+    return {name: readings.pop() for name, readings in found.items() if len(readings) == 1}

@@ -1,0 +1,83 @@
+"""Convolutions: the weight gradient of each sample alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_AT_ONCE = 8  # more groups leave the caches, and slow oneDNN down
+
+
+@dataclass(frozen=True)
+class ConvSpec:
+    """The arguments of a convolution of `dims` spatial axes, each given once per axis."""
+
+    dims: int
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    transposed: bool = False
+    output_padding: tuple[int, ...] = ()
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether nothing but the kernel's size can make it differ from a linear layer at each position."""
+        plain = all(s == 1 for s in self.stride) and all(p == 0 for p in (*self.padding, *self.output_padding))
+        return plain and self.groups == 1 and not self.transposed
+
+
+def same_padding(x: Tensor, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...]]:
+    """The padding of `padding="same"`: symmetric where it can be, else x with the odd zero added at the end."""
+    totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+    if any(total % 2 for total in totals):
+        odd = [side for total in reversed(totals) for side in (0, total % 2)]
+        x = F.pad(x, odd)
+    return x, tuple(total // 2 for total in totals)
+
+
+def per_sample_weight(x: Tensor, delta: Tensor, shape: tuple[int, ...], spec: ConvSpec) -> Tensor:
+    """G_n for each sample.
+
+    Args:
+        x: inputs [n, C_in, spatial...].
+        delta: output gradients [n, C_out, spatial...].
+        shape: of the weight.
+        spec: the convolution.
+
+    Returns:
+        [n, *shape].
+    """
+    parts = [
+        _by_groups(x[first : first + _AT_ONCE], delta[first : first + _AT_ONCE], shape, spec)
+        for first in range(0, len(x), _AT_ONCE)
+    ]
+    return torch.cat(parts) if len(parts) != 1 else parts[0]
+
+
+def _by_groups(x: Tensor, delta: Tensor, shape: tuple[int, ...], spec: ConvSpec) -> Tensor:
+    """One weight gradient of a convolution whose groups are the samples."""
+    n = x.shape[0]
+    _, weight, _ = torch.ops.aten.convolution_backward(
+        delta.reshape(1, n * delta.shape[1], *delta.shape[2:]),
+        x.reshape(1, n * x.shape[1], *x.shape[2:]),
+        x.new_empty((n * shape[0], *shape[1:])),
+        None,
+        list(spec.stride),
+        list(spec.padding),
+        list(spec.dilation),
+        spec.transposed,
+        list(spec.output_padding or (0,) * spec.dims),
+        n * spec.groups,
+        [False, True, False],
+    )
+    result: Tensor = weight.reshape(n, *shape)
+    return result
+
+
+def patches(x: Tensor, shape: tuple[int, ...], spec: ConvSpec) -> Tensor:
+    """[n, C_in k..., T]: what each position of the output reads; 2-d, one group."""
+    return F.unfold(x, shape[2:], spec.dilation, spec.padding, spec.stride)

@@ -1,0 +1,78 @@
+"""The proof that a rewritten ONNX model computes what its source computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import onnx_ir as ir
+
+from fxsparse.errors import ExportError
+from fxsparse.exporters.file_compare import (
+    Comparison,
+    Difference,
+    allowed_for,
+    check_equal,
+    differences,
+    feeds_of,
+    relative_to,
+    widest,
+)
+from fxsparse.exporters.file_double import double, runner_of
+from fxsparse.exporters.file_inputs import Feed, Signature, flat
+from fxsparse.exporters.file_work import Options, Work, applied, compacted_copy
+
+
+def verified(
+    model: ir.Model, session: Any, made: Any, work: Work, signature: Signature, options: Options
+) -> Comparison:
+    """The comparison with the source.
+
+    Args:
+        model: the source.
+        session: a session of it.
+        made: a session of the file that was written.
+        work: what was done.
+        signature: its inputs.
+        options: seed and tolerance.
+
+    Raises:
+        ExportError: they differ by more than is allowed.
+    """
+    drawn = feeds_of(session, signature, seed=options.seed)
+    single, constant = differences(session, made, drawn)
+    exact: Difference | None = None
+    own: float | None = None
+    reason = ""
+    try:
+        exact, own = _in_double(model, session, work, drawn, options)
+    except _Unavailable as error:
+        reason = str(error)
+    allowed = allowed_for(own, options.tolerance)
+    check_equal(single, allowed, exact)
+    sizes = [len(next(iter(feed.values()))) if feed and next(iter(feed.values())).ndim else 1 for feed in drawn]
+    return Comparison(sum(sizes), tuple(dict.fromkeys(sizes)), single, allowed, exact, reason, constant)
+
+
+class _Unavailable(Exception):
+    """A float64 copy cannot be made or run."""
+
+
+def _in_double(model: ir.Model, session: Any, work: Work, feeds: Sequence[Feed], options: Options) -> tuple[Any, float]:
+    """The same steps on a float64 copy: their worst difference, and the source's own error in its precision."""
+    wide = [widest(feed) for feed in feeds]
+    try:
+        before = double(model)
+        after = compacted_copy(before, replace(options, channels=work.channels))
+        after = applied(after, work.keys) if work.keys else after
+        with runner_of(before) as a, runner_of(after.model) as b:
+            expected = [flat(a.run(None, feed)) for feed in wide]
+            own = max(
+                relative_to(outs, flat(session.run(None, feed))) for outs, feed in zip(expected, feeds, strict=True)
+            )
+            return differences(a, b, wide)[0], own
+    except ExportError as error:
+        if "verification failed" in str(error):
+            raise
+        raise _Unavailable(str(error)) from error

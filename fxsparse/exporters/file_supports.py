@@ -1,0 +1,196 @@
+"""Shared supports in the weights of an ONNX graph: groups of rows that are alive on few columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from fxsparse.exporters.file_graph import ONNX, Array, fixed, integer, sizes
+
+SMALLEST, LARGEST = 8, 256  # rows of a group
+_FILLED = 1.5  # rows with those that fill groups, over the rows of the weight
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A product with a constant weight, seen as a matrix.
+
+    Attributes:
+        node: the operator.
+        weight: name of its initializer.
+        alive: which inputs a row has a weight for, bool [rows, inputs]; of a convolution its channels, of one group.
+        parts: groups that the convolution has already; 1 elsewhere. Part i has the rows and inputs number i.
+    """
+
+    node: ir.Node
+    weight: str
+    alive: Array
+    parts: int = 1
+
+    @property
+    def is_conv(self) -> bool:
+        """Whether it is a convolution."""
+        return self.node.op_type == "Conv"
+
+    @property
+    def density(self) -> float:
+        """Alive fraction of the matrix."""
+        return float(self.alive.mean()) if self.alive.size else 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Support:
+    """Rows in groups of equal size, each with the columns that it needs.
+
+    Attributes:
+        rows: the rows of each group, [groups, group]; -1 fills a group that has fewer.
+        columns: the columns of each group, [groups, k]; column 0 of the part fills one that has fewer.
+        real: which of the columns are needed, bool [groups, k].
+    """
+
+    rows: Array
+    columns: Array
+    real: Array
+
+    @property
+    def group(self) -> int:
+        """Rows of a group."""
+        return int(self.rows.shape[1])
+
+    @property
+    def k(self) -> int:
+        """Columns of a group."""
+        return int(self.columns.shape[1])
+
+    @property
+    def key(self) -> tuple[int, int, int]:
+        """Names a support among those of one layer: groups, rows and columns of a group."""
+        return self.rows.shape[0], self.group, self.k
+
+    @property
+    def places(self) -> Array | None:
+        """Where the rows of the weight lie among those of all groups; None where they are in their order."""
+        flat = self.rows.reshape(-1)
+        if flat.size and (flat == np.arange(flat.size)).all():
+            return None
+        at = np.flatnonzero(flat >= 0)
+        places = np.empty(at.size, np.int64)
+        places[flat[at]] = at
+        return places
+
+
+def layer_of(node: ir.Node) -> Layer | None:
+    """The matrix of a product whose second operand is constant; None for other nodes, named reasons aside."""
+    if node.domain not in ONNX or node.op_type not in ("MatMul", "Gemm", "Conv") or len(node.inputs) < 2:
+        return None
+    value = node.inputs[1]
+    weight = fixed(value)
+    if weight is None or value is None or weight.dtype.kind != "f" or not weight.size:
+        return None
+    name = value.name or ""
+    if node.op_type == "MatMul":
+        rank = len(sizes(node.inputs[0]) or ())
+        return Layer(node, name, (weight != 0).T) if weight.ndim == 2 and rank >= 2 else None
+    if node.op_type == "Gemm":
+        scaled = node.attributes.get_float("alpha", 1.0) != 1.0 or node.attributes.get_float("beta", 1.0) != 1.0
+        bias = fixed(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else np.zeros(1)
+        if scaled or integer(node, "transA", 0) or bias is None or (bias.ndim > 1 and bias.shape[0] != 1):
+            return None
+        return Layer(node, name, (weight != 0) if integer(node, "transB", 0) else (weight != 0).T)
+    alive = (weight != 0).reshape(*weight.shape[:2], -1).any(axis=2)
+    return Layer(node, name, alive, integer(node, "group", 1))
+
+
+def supports_of(layer: Layer) -> list[Support]:
+    """Ways to group the rows, a few of them.
+
+    1. Groups of one size that divides the rows of a part, 8 to 256, in their order.
+    2. Runs of rows that are alive on nearly the same columns; groups as large as the longest, or as a power of two.
+    3. The same with equal rows sorted together, where they lie apart.
+    """
+    rows, width = layer.alive.shape
+    if not layer.alive.any() or width < 2 or rows // layer.parts < SMALLEST:
+        return []
+    found = _even(layer)
+    if layer.parts == 1:
+        found += _uneven(layer, np.arange(rows), _runs(layer.alive))
+        order = _sorted(layer.alive)
+        if order is not None and (np.diff(order) != 1).any():
+            found += _uneven(layer, order, _runs(layer.alive[order]))
+    return [support for support in found if support.k <= 0.75 * width]
+
+
+def _even(layer: Layer) -> list[Support]:
+    rows, width = layer.alive.shape
+    part = rows // layer.parts
+    made: list[Support] = []
+    for group in range(min(LARGEST, part), SMALLEST - 1, -1):
+        if part % group:
+            continue
+        needed: Array = np.asarray(layer.alive.reshape(rows // group, group, width).any(axis=1))
+        k = max(1, int(needed.sum(axis=1).max()))
+        if made and k >= made[-1].k:
+            continue  # larger groups do as well
+        if k <= 0.75 * width:
+            made.append(_support(np.arange(rows).reshape(-1, group), needed, layer.parts))
+    return made
+
+
+def _uneven(layer: Layer, order: Array, starts: Array) -> list[Support]:
+    """Groups that start at `starts` in the order of the rows, cut and filled to one size."""
+    rows = order.size
+    lengths = np.diff(np.append(starts, rows))
+    if lengths.mean() < SMALLEST:
+        return []
+    made = []
+    for group in sorted({int(lengths.max()), *(2**power for power in range(3, 9))}):
+        pieces = [
+            order[start + at : start + min(at + group, length)]
+            for start, length in zip(starts, lengths, strict=True)
+            for at in range(0, length, group)
+        ]
+        if not SMALLEST <= group <= LARGEST or len(pieces) * group > _FILLED * rows:
+            continue
+        table = np.full((len(pieces), group), -1, np.int64)
+        for place, piece in zip(table, pieces, strict=True):
+            place[: piece.size] = piece
+        needed = np.stack([layer.alive[piece].any(axis=0) for piece in pieces])
+        made.append(_support(table, needed, 1))
+    return made
+
+
+def _runs(alive: Array) -> Array:
+    """Where runs of rows start that are alive on nearly the same columns."""
+    starts = [0]
+    held = alive[0].copy()
+    for index, row in enumerate(alive[1:], 1):
+        new, missing = int((row & ~held).sum()), int((held & ~row).sum())
+        if row.any() and (new > 0.05 * held.sum() or missing > 0.2 * held.sum()):
+            starts.append(index)
+            held = row.copy()
+        else:
+            held |= row
+    return np.asarray(starts)
+
+
+def _support(rows: Array, needed: Array, parts: int) -> Support:
+    groups, width = needed.shape
+    k = max(1, int(needed.sum(axis=1).max()))
+    columns = np.argsort(~needed, axis=1, kind="stable")[:, :k]
+    real = np.take_along_axis(needed, columns, axis=1)
+    columns = np.where(real, columns, 0) + width * (np.arange(groups) // (groups // parts))[:, None]
+    return Support(rows, columns.astype(np.int64), real)
+
+
+def _sorted(alive: Array) -> Array | None:
+    """The rows with equal ones together; None where there are nearly as many kinds of rows as rows."""
+    packed = np.packbits(alive, axis=1)
+    _, kind = np.unique(packed, axis=0, return_inverse=True)
+    kind = kind.reshape(-1)
+    if kind.max() + 1 > alive.shape[0] // SMALLEST:
+        return None
+    first = np.full(kind.max() + 1, alive.shape[0])
+    np.minimum.at(first, kind, np.arange(alive.shape[0]))
+    return np.argsort(first[kind], kind="stable")

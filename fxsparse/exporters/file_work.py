@@ -1,0 +1,183 @@
+"""The steps on a model in memory: compacted, lowered, and the fastest of what may be written."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import onnx_ir as ir
+
+from fxsparse import __version__
+from fxsparse.errors import ExportError
+from fxsparse.exporters.file_channels import Removal, remove_channels
+from fxsparse.exporters.file_choose import LayerReport, choose
+from fxsparse.exporters.file_clean import fold, share
+from fxsparse.exporters.file_graph import opset, remove_unused
+from fxsparse.exporters.file_inputs import Feed
+from fxsparse.exporters.file_io import OnnxFile, session_of
+from fxsparse.exporters.file_lower import Lowering
+from fxsparse.exporters.file_report import FileLatency
+from fxsparse.exporters.file_shapes import infer
+from fxsparse.exporters.file_supports import layer_of, supports_of
+from fxsparse.exporters.inputs import first_line
+from fxsparse.exporters.runtime import interleaved, open_session
+
+_SECONDS = 0.4  # for the whole files at one batch size
+_OPSET = 11  # the first in which Gather, Split and Clip have the form that is written
+PROPERTY = "fxsparse.optimized"
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `optimize_file`."""
+
+    channels: bool
+    lower: bool
+    measure: bool
+    verify: bool
+    latency: bool
+    batches: tuple[int, ...]
+    threads: int
+    sizes: Mapping[str, int]
+    tolerance: float | None
+    seed: int
+
+
+@dataclass(eq=False)
+class Work:
+    """A model on its way, and what was done to it."""
+
+    model: ir.Model
+    folded: int = 0
+    shared: int = 0
+    removal: Removal | None = None
+    layers: list[LayerReport] = field(default_factory=list)
+    keys: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    channels: bool = True
+    us: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+
+def compacted_copy(model: ir.Model, options: Options) -> Work:
+    """A copy with folded constants and, where `channels` says so, without the channels that are not needed."""
+    work = Work(model.clone(), channels=options.channels)
+    infer(work.model)
+    work.folded, failure = fold(work.model)
+    if failure:
+        work.notes.append(failure)
+    remove_unused(work.model.graph)
+    overridable = sum(value.is_initializer() for value in work.model.graph.inputs)
+    if overridable:
+        work.notes.append(f"{overridable} initializers are inputs as well: a caller may replace them, so they stay")
+    if options.channels:
+        work.removal = remove_channels(work.model)
+    work.shared = share(work.model.graph)
+    return work
+
+
+def variants_of(model: ir.Model, feeds: Sequence[Feed], options: Options) -> list[Work]:
+    """What may be written, the one that is expected to be fastest last; the first is compacted alone.
+
+    Removing channels may break groups of rows that share their zeros, so lowering is also tried without it.
+    """
+    compacted = compacted_copy(model, options)
+    if not options.lower:
+        return [compacted]
+    if opset(model) < _OPSET:
+        compacted.notes.append(
+            f"operator set {opset(model)} is too old to lower products: export with {_OPSET} or newer"
+        )
+        return [compacted]
+    made = [_chosen(compacted, feeds, options)]
+    if compacted.removal is not None and compacted.removal.channels:
+        made.append(_chosen(compacted_copy(model, replace(options, channels=False)), feeds, options))
+    made.sort(key=lambda work: -work.us)
+    return [compacted, *(work for work in made if work.keys)]
+
+
+def _chosen(compacted: Work, feeds: Sequence[Feed], options: Options) -> Work:
+    """The same with shared supports lowered, where that is expected or measured to be faster."""
+    choice = choose(compacted.model, feeds, measure=options.measure, threads=options.threads)
+    compacted.layers, compacted.us = choice.reports, choice.us
+    keys = {node.outputs[0].name or "": support.key for node, (_, support) in choice.lowered.items()}
+    return applied(compacted, keys) if keys else compacted
+
+
+def applied(compacted: Work, keys: Mapping[str, tuple[int, int, int]]) -> Work:
+    """The same with some products lowered, by the names of their results and the keys of their supports."""
+    model = compacted.model.clone()
+    choices = {}
+    for node in model.graph:
+        wanted = keys.get(node.outputs[0].name or "") if node.outputs else None
+        layer = layer_of(node) if wanted is not None else None
+        support = next((s for s in supports_of(layer) if s.key == wanted), None) if layer is not None else None
+        if layer is not None and support is not None:
+            choices[node] = layer, support
+    Lowering(model, choices).run()
+    remove_unused(model.graph)
+    return replace(
+        compacted,
+        model=model,
+        keys=dict(keys),
+        shared=compacted.shared + share(model.graph),
+        notes=list(compacted.notes),
+    )
+
+
+def fastest(
+    source: OnnxFile, variants: Sequence[Work], feeds: Sequence[Feed], sized: Sequence[int], options: Options
+) -> tuple[Work, tuple[FileLatency, ...]]:
+    """The fastest of the variants as a whole, and its times."""
+    with ExitStack() as stack:
+        sessions: list[Any] = [open_session(source.path, options.threads)]
+        sessions += [stack.enter_context(session_of(work.model, options.threads)) for work in variants]
+        tables = []
+        for feed in feeds:
+            calls = {str(i): partial(_run, session, feed) for i, session in enumerate(sessions)}
+            times = interleaved(calls, _SECONDS)
+            tables.append(([1e3 * statistics.median(times[str(i)]) for i in range(len(sessions))], len(times["0"])))
+    means = [statistics.geometric_mean([table[i + 1] for table, _ in tables]) for i in range(len(variants))]
+    best = min(range(len(variants)), key=lambda i: means[i])
+    work = variants[best]
+    if not work.keys and any(variant.keys for variant in variants):
+        work.layers = [_undone(layer) for layer in work.layers]
+        work.notes.append("the lowered file was slower as a whole, so products stay dense")
+    if options.channels and not work.channels:
+        work.notes.append("without removed channels the lowered file was faster, so they stay")
+    rows = [
+        FileLatency(size, table[0], table[1], table[best + 1], options.threads, runs)
+        for size, (table, runs) in zip(sized, tables, strict=True)
+    ]
+    return work, tuple(rows)
+
+
+def _run(session: Any, feed: Feed) -> None:
+    try:
+        session.run(None, feed)
+    except Exception as error:  # onnxruntime's errors share no base class
+        shapes = ", ".join(f"{name} {value.shape}" for name, value in feed.items())
+        raise ExportError(f"onnxruntime stops on inputs {shapes} ({first_line(error)}): give sizes") from error
+
+
+def _undone(layer: LayerReport) -> LayerReport:
+    if layer.group is None:
+        return layer
+    return replace(layer, form="dense", group=None, k=None, reason="the whole file was slower")
+
+
+def annotate(work: Work, source: OnnxFile) -> None:
+    """Write into the model what was done to it."""
+    said = {
+        "version": __version__,
+        "source": source.path.name,
+        "folded": work.folded,
+        "shared": work.shared,
+        "channels": work.removal.channels if work.removal is not None else 0,
+        "lowered": [layer.weight for layer in work.layers if layer.group is not None],
+    }
+    work.model.metadata_props[PROPERTY] = json.dumps(said, sort_keys=True, separators=(",", ":"))
