@@ -10,6 +10,7 @@ import onnx_ir as ir
 from fxsparse.exporters.file_graph import ONNX, Array, fixed, integer, sizes
 
 SMALLEST, LARGEST = 8, 256  # rows of a group
+_WIDEST = 0.75  # columns of a group over the inputs
 _FILLED = 1.5  # rows with those that fill groups, over the rows of the weight
 
 
@@ -111,15 +112,15 @@ def supports_of(layer: Layer) -> list[Support]:
     3. The same with equal rows sorted together, where they lie apart.
     """
     rows, width = layer.alive.shape
-    if not layer.alive.any() or width < 2 or rows // layer.parts < SMALLEST:
-        return []
+    if not 0 < layer.density <= _WIDEST or width < 2 or rows // layer.parts < SMALLEST:
+        return []  # a group has as many columns as its rows have on average, or more
     found = _even(layer)
     if layer.parts == 1:
         found += _uneven(layer, np.arange(rows), _runs(layer.alive))
         order = _sorted(layer.alive)
         if order is not None and (np.diff(order) != 1).any():
             found += _uneven(layer, order, _runs(layer.alive[order]))
-    return [support for support in found if support.k <= 0.75 * width]
+    return found
 
 
 def _even(layer: Layer) -> list[Support]:
@@ -133,14 +134,14 @@ def _even(layer: Layer) -> list[Support]:
         k = max(1, int(needed.sum(axis=1).max()))
         if made and k >= made[-1].k:
             continue  # larger groups do as well
-        if k <= 0.75 * width:
+        if k <= _WIDEST * width:
             made.append(_support(np.arange(rows).reshape(-1, group), needed, layer.parts))
     return made
 
 
 def _uneven(layer: Layer, order: Array, starts: Array) -> list[Support]:
     """Groups that start at `starts` in the order of the rows, cut and filled to one size."""
-    rows = order.size
+    rows, alive = order.size, layer.alive[order]
     lengths = np.diff(np.append(starts, rows))
     if lengths.mean() < SMALLEST:
         return []
@@ -156,8 +157,10 @@ def _uneven(layer: Layer, order: Array, starts: Array) -> list[Support]:
         table = np.full((len(pieces), group), -1, np.int64)
         for place, piece in zip(table, pieces, strict=True):
             place[: piece.size] = piece
-        needed = np.stack([layer.alive[piece].any(axis=0) for piece in pieces])
-        made.append(_support(table, needed, 1))
+        ends = np.cumsum([piece.size for piece in pieces])[:-1]
+        needed = np.logical_or.reduceat(alive, np.concatenate([[0], ends]), axis=0)
+        if needed.sum(axis=1).max() <= _WIDEST * alive.shape[1]:
+            made.append(_support(table, needed, 1))
     return made
 
 

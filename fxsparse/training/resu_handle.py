@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Adagrad, Optimizer
 
 from fxsparse.errors import ConfigError, DataError
-from fxsparse.nn import Mode, Resurrection, masked_weights
+from fxsparse.nn import Mode, Resurrection, ThetaInit, masked_weights
 from fxsparse.nn.resu import theta_start
 from fxsparse.sparsity import generator
 from fxsparse.sparsity.mask import Mask
@@ -329,10 +330,11 @@ class ResuHandle(Handle):
             return
         self._scales, self._steps.states = {}, {}
         self._averages.release()
-        still = [r.name for r in self._resurrections if r.cycle == committed[0].index and r.movement < MOVED]
+        least = math.ulp(0.0) if self.method.init is ThetaInit.ZERO else MOVED  # no draw to compete with
+        still = [r.name for r in self._resurrections if r.cycle == committed[0].index and r.movement < least]
         if still and self.method.theta.lr != 0.0:
             warnings.warn(
-                f"theta hardly moved in cycle {committed[0].index} (mu < {MOVED} in {', '.join(still)}): the "
+                f"theta hardly moved in cycle {committed[0].index} (mu < {least:.3g} in {', '.join(still)}): the "
                 "tournament ranks how it was drawn, not what it learnt; raise theta's learning rate or lengthen the "
                 "RESU phase",
                 UserWarning,

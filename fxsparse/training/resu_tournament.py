@@ -115,6 +115,12 @@ def _capped(units: GroupUnits, scores: Tensor, alive: Tensor, trained: Tensor, c
     return chosen
 
 
+def _like_alive(state: WeightState, count: int) -> float:
+    """The norm of so many weights of the alive ones' size."""
+    alive = state.weight[state.mask].double()
+    return float(alive.norm()) * math.sqrt(count / max(1, alive.numel()))
+
+
 @dataclass(frozen=True)
 class ResuRecord:
     """One weight at one COMMIT, counted in elements.
@@ -129,8 +135,8 @@ class ResuRecord:
         displaced: Alive before and dead afterwards.
         earlier: Resurrected by the COMMIT before.
         survived: How many of those are alive after this tournament.
-        movement: mu = |theta_end - theta_start| / |theta_start| over T; infinite from a start at zero, NaN where
-            nothing was trained.
+        movement: mu = |theta_end - theta_start| / |theta_start| over T. From a start at zero it is the root mean square
+            of theta_end over that of the alive weights. NaN where nothing was trained, infinite where nothing is alive.
         numel: Elements in all.
     """
 
@@ -158,7 +164,7 @@ class ResuRecord:
             start: Theta as the phase began, the shape of the weight.
         """
         trained = state.memory["trained"]
-        size = float(start[trained].double().norm())
+        size = float(start[trained].double().norm()) or _like_alive(state, int(trained.sum()))
         moved = float((state.weight - start)[trained].double().norm())
         unmoved = 0.0 if bool(trained.any()) else math.nan
         return ResuRecord(

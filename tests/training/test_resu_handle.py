@@ -13,7 +13,7 @@ from torch import nn
 
 import fxsparse
 from fxsparse.errors import ConfigError, DataError
-from fxsparse.nn import Mode, masked_weights, masks
+from fxsparse.nn import Mode, ThetaInit, masked_weights, masks
 from fxsparse.sparsity import Block, ConstantFanIn, Gradient, NByM, SharedSupport, Target, Uniform, Unstructured
 from fxsparse.sparsity.saliency import Taylor, Wanda
 from fxsparse.training.densify import Densify
@@ -285,6 +285,24 @@ def test_the_report_counts_what_happened():
             assert row.movement > 0 and start[row.name][~old].any()
     table = str(run.handle.report()).split("\n\n")[1].splitlines()
     assert table[0].split()[-2:] == ["survived", "mu"] and len(table) == 1 + 2 * 3
+
+
+def test_movement_from_zero_is_measured_against_the_alive_weights(recwarn):
+    method = RESU.frozen(sparsity=0.8, cycles=1, distribution=Uniform(), theta=ThetaSGD(lr=0.02), init=ThetaInit.ZERO)
+    run = Run(method).to_phase(0)
+    mask = run.masks()
+    run.go(run.cycles[0].end - 1)
+    held = run.weights()
+    x, y = batch(run.step)
+    run.optimizer.zero_grad()
+    nn.functional.cross_entropy(run.model(x), y).backward()
+    ends = {name: held[name] - 0.02 * masked_weights(run.model)[name].weight.grad for name in held}
+    run.go(run.cycles[0].end)
+    for row in run.handle.report().resurrections:
+        alive = mask[row.name]
+        ratio = ends[row.name][~alive].pow(2).mean().sqrt() / held[row.name][alive].pow(2).mean().sqrt()
+        assert row.movement == pytest.approx(float(ratio), rel=1e-5) and row.movement < 0.1
+    assert not [w for w in recwarn if "hardly moved" in str(w.message)]  # a small theta is no draw
 
 
 def test_movement_is_measured_from_the_draw():
