@@ -108,7 +108,7 @@ def finish(job: Job, kitchen: Kitchen, kept: Candidate, temporary: Path, put: Ca
     variant, exported = kept.variant, kept.exported
     held = {name: weights_in(variant, exported, name) for name in weights}
     forms = forms_of(weights, variant, job.target, kept.choices, kept.quantized, held)
-    layers = layers_of(weights, exported.places)
+    layers = layers_of(weights, exported.places, variant.subject.weights)
     dense_bytes = exported.dense_bytes
     twin = None
     notes: list[str] = []
@@ -138,7 +138,7 @@ def _complete(
     proto = onnx.load(kept.file, load_external_data=False)
     if kept.quantized is not None:
         places = places_in_int8(proto, exported.places, variant.subject.weights)
-        layers = layers_of(masked_weights(job.subject.masked), places)
+        layers = layers_of(masked_weights(job.subject.masked), places, variant.subject.weights)
     sparse = store_sparse(proto) if job.sparse else ()
     job.write(proto, layers, exported.inputs, forms, variant.label)
     kept.file.write_bytes(proto.SerializeToString(deterministic=True))

@@ -6,8 +6,8 @@ A trace holds the branches that the example took, so a traced file counts only a
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -82,9 +82,16 @@ def trace_program(
         raise ExportError(reason_of(error, model)) from error
 
 
-def _unlogged() -> AbstractContextManager[Any]:
+@contextmanager
+def _unlogged() -> Iterator[None]:
     """Keep torch's own log of the tracer off: torch turns it on for good, and it prints whole graphs to stdout."""
-    return mock.patch.object(torch._C, "_jit_set_onnx_log_enabled", lambda _: None)
+    switch, before = torch._C._jit_set_onnx_log_enabled, torch._C._jit_is_onnx_log_enabled()
+    switch(False)  # an export by someone else may have turned it on
+    try:
+        with mock.patch.object(torch._C, "_jit_set_onnx_log_enabled", lambda _: None):
+            yield
+    finally:
+        switch(before)
 
 
 def _program(buffer: io.BytesIO) -> TracedProgram:

@@ -34,7 +34,7 @@ class Layer:
         pattern: its pattern, as written in Python.
         route: where the mask took effect in training.
         initializers: initializers of the file that store it whole, each with the order of its axes there.
-        parts: initializers that together hold its rows, among others, where none holds it whole.
+        parts: where none holds it whole, initializers that hold its rows, among others, or what compaction left of it.
     """
 
     name: str
@@ -52,8 +52,20 @@ class Layer:
         return self.alive / self.numel if self.numel else 1.0
 
 
-def layers_of(weights: Mapping[str, MaskedWeight], placements: Sequence[Placement]) -> tuple[Layer, ...]:
-    """One row for each masked weight, in the order of the model."""
+def layers_of(
+    weights: Mapping[str, MaskedWeight],
+    placements: Sequence[Placement],
+    stored: Mapping[str, MaskedWeight] | None = None,
+) -> tuple[Layer, ...]:
+    """One row for each masked weight, in the order of the model.
+
+    Args:
+        weights: The masked weights of the model.
+        placements: Where they lie.
+        stored: The weights as they were exported, None for `weights`; of what was cut shorter, the file holds a part.
+    """
+    found = weights if stored is None else stored
+    cut = {name for name, weight in weights.items() if name in found and found[name].mask.shape != weight.mask.shape}
     return tuple(
         Layer(
             name=name,
@@ -62,8 +74,10 @@ def layers_of(weights: Mapping[str, MaskedWeight], placements: Sequence[Placemen
             numel=weight.mask.numel(),
             pattern=str(weight.spec.pattern),
             route=weight.spec.route.value,
-            initializers={p.initializer: p.axes for p in placements if p.weight == name and not p.part},
-            parts=tuple(p.initializer for p in placements if p.weight == name and p.part),
+            initializers={
+                p.initializer: p.axes for p in placements if p.weight == name and not p.part and name not in cut
+            },
+            parts=tuple(p.initializer for p in placements if p.weight == name and (p.part or name in cut)),
         )
         for name, weight in weights.items()
     )

@@ -72,6 +72,8 @@ class _Bar:
 class InputTap:
     """While it is open, the inputs of the weights are collected in every forward pass that trains the model.
 
+    Copying or pickling a model copies the hooks of its tap, too: there they do nothing. The copied handle has its own.
+
     Args:
         model: The model without its wrappers.
         weights: Its masked weights, by name.
@@ -83,7 +85,11 @@ class InputTap:
         self._norms = InputNorms(weights, moments=moments)
         self._hooks: list[RemovableHandle] = []
         self._depth = 0
+        self._copied = False
         self.seen = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_depth": 0, "_hooks": [], "seen": False, "_copied": True}
 
     def open(self) -> None:
         """Begin to collect; the sums so far stay."""
@@ -136,7 +142,7 @@ class InputTap:
         self._norms.load_state_dict(state_dict["sums"])
 
     def _enter(self, module: nn.Module, args: object) -> None:
-        if module.training and torch.is_grad_enabled() and self._depth == 0:
+        if module.training and torch.is_grad_enabled() and self._depth == 0 and not self._copied:
             self._norms.__enter__()
             self._depth, self.seen = 1, True
 

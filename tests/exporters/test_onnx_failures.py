@@ -106,6 +106,19 @@ FAILURES: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
+def test_torchs_log_of_the_tracer_stays_off_and_as_it_was(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """An export by torch's own legacy exporter leaves it on; ours prints nothing all the same."""
+    make, message = FAILURES["operator without a translation"]
+    torch._C._jit_set_onnx_log_enabled(True)
+    try:
+        with pytest.raises(ExportError, match=message):
+            export_onnx(make(), tmp_path / "m.onnx", (X,), latency=False)
+        assert torch._C._jit_is_onnx_log_enabled()
+    finally:
+        torch._C._jit_set_onnx_log_enabled(False)
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("name", FAILURES)
 def test_a_model_that_cannot_be_exported_leaves_no_file(
     name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]

@@ -20,7 +20,7 @@ from fxsparse.exporters import ExportReport, export_onnx, read_metadata
 from fxsparse.models import lenet_300_100, small_conv_net
 from fxsparse.nn import masks
 from fxsparse.planning import transform
-from fxsparse.sparsity import Mask, MaskSet, NByM, SharedSupport
+from fxsparse.sparsity import Channel, Mask, MaskSet, NByM, SharedSupport
 
 
 class Functional(nn.Module):
@@ -129,7 +129,7 @@ def test_equals_pytorch_at_batch_sizes_beyond_the_example(name: str, example_bat
     perturb_norms(model)
     sparse = transform(model, (torch.randn(2, *shape),), sparsity=0.75)
     path = tmp_path / "m.onnx"
-    report = export_onnx(sparse, path, (torch.randn(example_batch, *shape),), latency=False)
+    report = export_onnx(sparse, path, (torch.randn(example_batch, *shape),), latency=False, compact=False)
     assert report.batch == "dynamic"
     first = onnxruntime.InferenceSession(str(path)).get_inputs()[0]
     assert first.shape[0] == "batch"
@@ -283,7 +283,7 @@ def test_neither_the_model_nor_global_state_changes(tmp_path: Path, capfd: pytes
 def test_the_report_counts_and_prints(tmp_path: Path) -> None:
     torch.manual_seed(0)
     sparse = transform(lenet_300_100(64, 10), (torch.randn(1, 64),), sparsity=0.9)
-    report: ExportReport = export_onnx(sparse, tmp_path / "m.onnx", (torch.randn(16, 64),))
+    report: ExportReport = export_onnx(sparse, tmp_path / "m.onnx", (torch.randn(16, 64),), compact=False)
     alive = {name: int(mask.sum()) for name, mask in masks(sparse).items()}
     assert {layer.name: layer.alive for layer in report.layers} == alive
     assert report.bytes == (tmp_path / "m.onnx").stat().st_size
@@ -297,6 +297,18 @@ def test_the_report_counts_and_prints(tmp_path: Path) -> None:
     text = str(report)
     for part in ("batch 16", "50,200", "float64 PyTorch", "allowed", "0.1000", "not faster", "interleaved"):
         assert part in text, part
+
+
+def test_what_compaction_leaves_of_a_weight_is_a_part(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sparse = transform(lenet_300_100(64, 10), (torch.randn(1, 64),), sparsity=0.5, pattern=Channel(0), exclude="output")
+    report = export_onnx(sparse, tmp_path / "m.onnx", (torch.randn(16, 64),), latency=False)
+    first, second = read_metadata(tmp_path / "m.onnx")["layers"]
+    stored = initializers(tmp_path / "m.onnx")
+    assert [first["shape"], second["shape"]] == [[300, 64], [100, 300]]
+    for row, shape in ((first, (150, 64)), (second, (50, 150))):
+        assert row["initializers"] == {} and sorted(stored[row["parts"][0]].shape) == sorted(shape)
+    assert "compacted 100x300 to 50x150" in str(report) and report.bytes < report.dense_bytes
 
 
 def test_metadata_names_masks_patterns_and_passes(tmp_path: Path) -> None:

@@ -46,6 +46,8 @@ def test_generated_models_equal_pytorch(
         mask = masks(sparse)[row["name"]]
         for initializer, axes in row["initializers"].items():
             assert not stored[initializer][(~mask.permute(axes)).numpy()].any()
+        for initializer in row["parts"]:
+            assert initializer in stored
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))

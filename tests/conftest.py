@@ -1,0 +1,27 @@
+"""No test may leave the process other than it found it: what leaks from one fails in another, far away."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+def state() -> dict[str, object]:
+    return {
+        "attention's fast path": torch.backends.mha.get_fastpath_enabled(),
+        "grad mode": torch.is_grad_enabled(),
+        "default dtype": torch.get_default_dtype(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks() -> Iterator[None]:
+    before = state()
+    yield
+    after = state()
+    torch.backends.mha.set_fastpath_enabled(bool(before["attention's fast path"]))
+    torch.set_grad_enabled(bool(before["grad mode"]))
+    assert after == before
