@@ -43,7 +43,7 @@ def regroup(
     from fxsparse.lottery.regroup_ticket import regroup_ticket
     from fxsparse.training.loop import evaluate
 
-    wanted = parse_pattern(pattern.replace("shared:", "shared-support:") if pattern.startswith("shared:") else pattern)
+    wanted = parse_pattern(pattern)
     found = load_ticket(ticket)
     splits = _splits(data, split_seed)
     if not any_data:
