@@ -5,11 +5,11 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, MutableMapping
 from types import TracebackType
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Shaped
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -36,10 +36,12 @@ def masked_weight(weight: Shaped[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]
         extra = () if sink is None else (sink,)
         masked: Tensor = handle_torch_function(masked_weight, (weight, mask), weight, mask, *extra)
         return masked
+    if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+        return _in_compiled_code(weight, mask, None if sink is mask else sink)
     if not torch.is_grad_enabled() and weight.requires_grad and not _leaves_flags():
         return _marked(weight, mask)
     result = torch.where(mask, weight, 0.0)
-    if _collecting:
+    if _collecting and not torch.compiler.is_compiling():
         _watch(result, mask if sink is None else sink)
     return result
 
@@ -66,7 +68,44 @@ def _leaves_flags() -> bool:
     )
 
 
-@_disable_dynamo  # hooks on intermediates cannot be compiled: while a collector is active, the graph breaks here
+def _in_compiled_code(weight: Tensor, mask: Tensor, sink: Tensor | None) -> Tensor:
+    """The same in one graph that fits any set of collectors: its backward pass asks for them each time it runs."""
+    if torch.is_grad_enabled() and weight.requires_grad:
+        return _compiled(weight, mask, sink)
+    return torch.where(mask, weight, 0.0)
+
+
+@torch.library.custom_op("fxsparse::masked_weight", mutates_args=())
+def _compiled(weight: Tensor, mask: Tensor, sink: Tensor | None = None) -> Tensor:
+    """where(mask, weight, 0), whose gradient passes `hide_gradient`. Compilers leave both calls as they are."""
+    return torch.where(mask, weight, 0.0)
+
+
+@torch.library.custom_op("fxsparse::hide_gradient", mutates_args=())
+def _hide_gradient(gradient: Tensor, mask: Tensor, sink: Tensor | None = None) -> Tensor:
+    """where(mask, gradient, 0); active collectors get the dense gradient."""
+    for collector in collecting():
+        collector.add_by_storage(mask if sink is None else sink, gradient)
+    return torch.where(mask, gradient, 0.0)
+
+
+def _masked_like(value: Tensor, mask: Tensor, sink: Tensor | None = None) -> Tensor:
+    return torch.where(mask, value, 0.0)
+
+
+def _keep_masks(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+    ctx.save_for_backward(*(each for each in inputs[1:] if each is not None))
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    return _hide_gradient(gradient, *ctx.saved_tensors), None, None
+
+
+_compiled.register_fake(_masked_like)
+_hide_gradient.register_fake(_masked_like)
+_compiled.register_autograd(_backward, setup_context=_keep_masks)
+
+
 def _watch(result: Tensor, sink: Tensor) -> None:
     # Inside a torch.func transform the gradient is a wrapper that must not outlive it; those callers hold G themselves.
     if not result.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(result):
@@ -109,6 +148,7 @@ class DenseGradients:
         if masks is not None:
             self._wanted = WeakTensorKeyDictionary({mask: True for mask in masks})
         self._sums: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
+        self._aliases: list[Tensor] = []  # masks that only compiled code has named so far
         self._active = False
 
     @property
@@ -139,6 +179,15 @@ class DenseGradients:
         previous = self._sums.get(mask)
         self._sums[mask] = gradient.clone() if previous is None else previous + gradient
 
+    def add_by_storage(self, sink: Tensor, gradient: Tensor) -> None:
+        """Add a dense gradient under the mask that has this sink's memory; compiled code holds masks by other objects."""
+        known = next((mask for mask in (*(self._wanted or ()), *self._sums) if _same_memory(mask, sink)), None)
+        if known is None and self._wanted is None:
+            known = sink.detach()
+            self._aliases.append(known)
+        if known is not None:
+            self.add(known, gradient)
+
     @torch.no_grad()
     def add_total(self, mask: Tensor, total: Tensor) -> None:
         """Take a parameter's accumulated gradient, whose dead entries hold only what the last backward pass added."""
@@ -148,11 +197,13 @@ class DenseGradients:
 
     def read(self, mask: Tensor) -> Tensor | None:
         """The dense gradient collected under this very mask tensor, or None when none arrived."""
-        return self._sums.get(mask)
+        alias = next((alias for alias in self._aliases if alias is not mask and _same_memory(alias, mask)), None)
+        own, other = self._sums.get(mask), None if alias is None else self._sums.get(alias)
+        return own if other is None else other if own is None else own + other
 
     def clear(self) -> None:
         """Forget the sums."""
-        self._sums = WeakTensorKeyDictionary()
+        self._sums, self._aliases = WeakTensorKeyDictionary(), []
 
     def __enter__(self) -> DenseGradients:
         self.start()
@@ -162,6 +213,10 @@ class DenseGradients:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.device == other.device
 
 
 def collecting() -> tuple[DenseGradients, ...]:

@@ -281,7 +281,6 @@ def test_sink_is_the_key():
 
 
 def test_compiled_layers_do_not_recompile_on_mask_edits():
-    gc.collect()  # a collector that is still active breaks every compiled graph
     torch._dynamo.reset()
     graphs = []
 
@@ -301,18 +300,45 @@ def test_compiled_layers_do_not_recompile_on_mask_edits():
     assert len(graphs) == 1
 
 
-@pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor:UserWarning"
-)  # the compiler inspects a broken graph
-def test_compiled_layers_can_be_collected():
+@pytest.mark.parametrize("named", [False, True])
+def test_compiled_layers_can_be_collected(named):
     torch._dynamo.reset()
     layer = fnn.Linear(4, 3, dtype=torch.float64, mask=torch.rand(3, 4) < 0.5)
-    compiled = torch.compile(layer, backend="aot_eager")
-    inputs = [torch.randn(2, 4, dtype=torch.float64) for _ in range(2)]
-    with DenseGradients() as gradients:
-        for input in inputs:
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    inputs = [torch.randn(2, 4, dtype=torch.float64) for _ in range(3)]
+    compiled(inputs[0]).sum().backward()  # compiled while nothing collects
+    with (
+        torch.compiler.set_stance("fail_on_recompile"),
+        DenseGradients([layer.weight_mask] if named else None) as found,
+    ):
+        for input in inputs[:2]:
             compiled(input).square().sum().backward()
-    torch.testing.assert_close(gradients.read(layer.weight_mask), dense_gradient(layer, inputs), rtol=1e-13, atol=0)
+        layer(inputs[2]).square().sum().backward()
+    compiled(inputs[0]).sum().backward()
+    torch.testing.assert_close(found.read(layer.weight_mask), dense_gradient(layer, inputs), rtol=1e-13, atol=0)
+    found.clear()
+    assert found.read(layer.weight_mask) is None
+
+
+def test_compiled_transforms_of_masked_layers():
+    layer = fnn.Linear(4, 3, dtype=torch.float64, mask=torch.rand(3, 4) < 0.5)
+    values, input = dict(layer.named_parameters()), torch.randn(5, 4, dtype=torch.float64)
+
+    def loss(values, input):
+        return functional_call(layer, values, (input,)).square().sum()
+
+    def tangent():
+        change = layer.weight.detach() + 1
+        return jvp(lambda weight: loss({**values, "weight": weight}, input), (layer.weight.detach(),), (change,))[1]
+
+    for found in (
+        lambda: grad(loss)(values, input)["weight"],
+        lambda: vmap(grad(loss), (None, 0))(values, input)["weight"],
+    ):
+        torch._dynamo.reset()
+        torch.testing.assert_close(torch.compile(found, backend="aot_eager")(), found(), rtol=1e-12, atol=1e-14)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(tangent, backend="aot_eager")(), tangent(), rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])

@@ -1,0 +1,82 @@
+"""`torch.compile`: one graph for the whole training, whatever the method reads and changes, and the masks of eager."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxsparse
+from fxsparse.nn import masks
+from fxsparse.sparsity import MaskSet, SharedSupport
+from fxsparse.training import ACDC, GMP, MEST, RESU, SET, SNFS, Method, RigL, SRigL, attach
+
+STEPS = 18
+METHODS = {
+    "rigl": RigL(sparsity=0.8, every=3, end=15),
+    "rigl, the step kept": RigL(sparsity=0.8, every=3, end=15, replaces_step=False),
+    "rigl, shared support": RigL(sparsity=0.8, every=3, end=15, pattern=SharedSupport(8)),
+    "set": SET(sparsity=0.8, every=3),
+    "gmp": GMP(sparsity=0.8),
+    "mest": MEST(sparsity=0.8),
+    "snfs": SNFS(sparsity=0.8, every=3),
+    "srigl": SRigL(sparsity=0.8, every=3),
+    "acdc": ACDC(sparsity=0.8),
+    "resu": RESU(sparsity=0.8, cycles=1),
+}
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(32, 16, generator=generator, dtype=torch.float64)
+    return x, torch.randint(0, 4, (32,), generator=generator)
+
+
+def trained(method: Method, compile_it: Any = None) -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)).double()
+    sparse = fxsparse.transform(dense, (batch(0)[0],))
+    optimizer = torch.optim.SGD(sparse.parameters(), lr=0.05, momentum=0.9)
+    handle = attach(sparse, optimizer, method, total_steps=STEPS)
+    model = sparse if compile_it is None else compile_it(sparse)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        x, y = batch(step)
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return sparse, handle
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_one_graph_and_the_masks_of_eager(name: str) -> None:
+    torch._dynamo.reset()
+    graphs: list[object] = []
+
+    def whole(model: nn.Module) -> Any:
+        def backend(graph: torch.fx.GraphModule, inputs: object) -> Any:
+            graphs.append(graph)
+            return graph.forward
+
+        return torch.compile(model, backend=backend, fullgraph=True)
+
+    compiled, handle = trained(METHODS[name], whole)
+    eager, expected = trained(METHODS[name])
+    assert len(graphs) == 1
+    assert MaskSet(masks(compiled)).digest() == MaskSet(masks(eager)).digest()
+    found, wanted = ([(row.step, row.dropped, row.grown) for row in each.report()] for each in (handle, expected))
+    assert found == wanted and (name in ("mest", "acdc", "resu") or sum(row[1] for row in wanted) > 0)
+    for own, other in zip(compiled.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-12)
+
+
+def test_compiled_backward_graphs_do_not_recompile() -> None:
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    eager, _ = trained(METHODS["rigl"])
+    compiled, _ = trained(METHODS["rigl"], lambda model: torch.compile(model, backend="aot_eager", fullgraph=True))
+    assert counters["stats"]["unique_graphs"] == 1 and counters["aot_autograd"]["total"] == 1
+    assert not counters["graph_break"]
+    assert MaskSet(masks(compiled)).digest() == MaskSet(masks(eager)).digest()
