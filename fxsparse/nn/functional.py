@@ -180,7 +180,7 @@ class DenseGradients:
         self._sums[mask] = gradient.clone() if previous is None else previous + gradient
 
     def add_by_storage(self, sink: Tensor, gradient: Tensor) -> None:
-        """Add a dense gradient under the mask that has this sink's memory; compiled code holds masks by other objects."""
+        """Add a dense gradient under the mask of this memory: compiled code names masks by other objects."""
         known = next((mask for mask in (*(self._wanted or ()), *self._sums) if _same_memory(mask, sink)), None)
         if known is None and self._wanted is None:
             known = sink.detach()
