@@ -26,11 +26,12 @@ FLOORS: dict[str, set[str]] = {
     "data": set(),
     "exporters": {"sparsity", "nn", "graph", "passes", "planning"},
     "lottery": {"sparsity", "nn", "graph", "passes", "planning", "training", "curvature", "models", "data"},
+    "integrations": {"nn", "training", "lottery"},
     "report": set(),
     "comparison": {"sparsity", "nn", "graph", "passes", "planning", "training", "models", "data", "report"},
 }
 TOP = {"cli", "demo", "zoo", "__init__", "__main__"}  # may import everything
-HEAVY = ("onnx", "onnxruntime", "onnxscript", "plotly", "sklearn", "typer", "rich", "pydantic", "yaml", "hypothesis")
+HEAVY = ("onnx", "onnxruntime", "onnxscript", "plotly", "sklearn", "typer", "rich", "pydantic", "yaml", "hypothesis", "lightning", "transformers")
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 

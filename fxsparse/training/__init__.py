@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fxsparse.training.acdc import ACDC as ACDC
 from fxsparse.training.attach import attach as attach
+from fxsparse.training.attach import make_loadable as make_loadable
 from fxsparse.training.densify import Densify as Densify
 from fxsparse.training.dsnot import DSNoT as DSNoT
 from fxsparse.training.exchange import exchange as exchange

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from fxsparse.errors import ConfigError
 from fxsparse.nn import MaskedWeight, masked_weights
+from fxsparse.nn.slot import MaskSlot, slots_of
 from fxsparse.training.distributed import check_not_sharded, unwrap
 from fxsparse.training.handle import Handle, handle_of, handles
 from fxsparse.training.initial import initial_masks, pattern_of, start_from
-from fxsparse.training.optimizer_state import check_optimizer, zero_state_
+from fxsparse.training.optimizer_state import check_optimizer, inner_optimizer, zero_state_
 from fxsparse.training.updater import Method
 
 
-def attach(model: nn.Module, optimizer: Optimizer, method: Method, total_steps: int | None = None) -> Handle:
+def attach(
+    model: nn.Module,
+    optimizer: Optimizer,
+    method: Method,
+    total_steps: int | None = None,
+    *,
+    state: Mapping[str, Any] | None = None,
+) -> Handle:
     """Train a model sparse by a method; the training loop stays as it is.
 
     Hooks on `optimizer.step` count the steps, keep dead weights and their optimizer state at zero, and update the masks
@@ -27,22 +37,26 @@ def attach(model: nn.Module, optimizer: Optimizer, method: Method, total_steps: 
     Args:
         model: A model with masks, as `fxsparse.transform` returns it; DDP and compiled wrappers are seen through. Where
             processes run together, all of them train this model.
-        optimizer: Any torch.optim optimizer of all masked weights.
+        optimizer: Any torch.optim optimizer of all masked weights, or a wrapper with one in its attribute `optimizer`
+            (Accelerate, Lightning).
         method: A frozen method, such as `RigL(sparsity=0.9)`.
         total_steps: Length of the training in optimizer steps, for methods whose schedule is a share of it.
+        state: What `Handle.state_dict()` returned, to go on from there; the model and the optimizer hold their saved
+            states already, and keep them.
 
     Returns:
-        The handle. The model has the method's initial masks and patterns now.
+        The handle. The model has the method's initial masks and patterns now; with `state` it has its own masks.
 
     Raises:
         ConfigError: no masks, a masked weight that the optimizer does not hold or that another handle drives, an
-            optimizer that cannot follow masks, a pattern or sparsity that the method or a weight excludes. Nothing has
-            changed then.
+            optimizer that cannot follow masks, a pattern or sparsity that the method or a weight excludes, a state of
+            another method or length. Nothing has changed then.
     """
     if not isinstance(method, Method):
         raise ConfigError(f"`method` (={method!r}) must be a fxsparse method such as RigL(sparsity=0.9)")
     if total_steps is not None and (isinstance(total_steps, bool) or total_steps < 1):
         raise ConfigError(f"`total_steps` (={total_steps}) must be at least 1 optimizer step")
+    optimizer = inner_optimizer(optimizer)
     check_optimizer(optimizer)
     check_not_sharded(model)
     weights = masked_weights(unwrap(model))
@@ -51,11 +65,48 @@ def attach(model: nn.Module, optimizer: Optimizer, method: Method, total_steps: 
     _check_free(optimizer, weights)
     _check_held(weights, optimizer)
     timed = method.timed(total_steps)
+    if state is not None:
+        return _resumed(timed, model, optimizer, total_steps, state)
     masks, patterns = initial_masks(timed, weights), {name: pattern_of(timed, each) for name, each in weights.items()}
     start_from(weights, masks, patterns)
     for masked in weights.values():
         zero_state_(optimizer, masked.weight, ~masked.mask)
     return timed.handle(model, optimizer, total_steps)
+
+
+def make_loadable(model: nn.Module, method: Method) -> None:
+    """Install the buffers that a method keeps in the model, so that a checkpoint of it loads strictly before `attach`.
+
+    Args:
+        model: A model with masks.
+        method: The method that will be attached.
+    """
+    for masked in masked_weights(unwrap(model)).values():
+        method.install(masked)
+
+
+def _resumed(
+    method: Method, model: nn.Module, optimizer: Optimizer, total_steps: int | None, state: Mapping[str, Any]
+) -> Handle:
+    weights = masked_weights(unwrap(model))
+    before = {id(slot): (slot, slot.spec) for weight in weights.values() for slot in _slots(weight)}
+    for masked in weights.values():
+        pattern = pattern_of(method, masked)
+        for slot in _slots(masked):
+            slot.spec = dataclasses.replace(slot.spec, pattern=pattern)
+    handle = method.handle(model, optimizer, total_steps)
+    try:
+        handle.load_state_dict(dict(state))
+    except ConfigError:
+        Handle.detach(handle)  # of any kind: what a phase holds in the model stays
+        for slot, spec in before.values():
+            slot.spec = spec
+        raise
+    return handle
+
+
+def _slots(weight: MaskedWeight) -> list[MaskSlot]:
+    return [slots_of(module)[attribute] for module, attribute in weight.owners]
 
 
 def _check_free(optimizer: Optimizer, weights: Mapping[str, MaskedWeight]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxsparse.errors import ConfigError, DataError
-from fxsparse.nn import ThetaInit
+from fxsparse.nn import MaskedWeight, Resurrection, ThetaInit
 from fxsparse.sparsity.counts import check_count, check_fraction, check_sparsity
 from fxsparse.sparsity.n_by_m import NByM
 from fxsparse.sparsity.pattern import Pattern
@@ -219,6 +219,10 @@ class RESU(Method):
         from fxsparse.training.resu_handle import ResuHandle  # the handle drives methods, so it stands above them
 
         return ResuHandle(model, optimizer, self, total_steps)
+
+    def install(self, weight: MaskedWeight) -> None:
+        """The companions of the mask in a resurrection phase."""
+        Resurrection(weight)
 
     def check(self, pattern: Pattern) -> None:
         """Every cycle's sparsity must be one that the pattern can have, and swaps need a row of their own."""

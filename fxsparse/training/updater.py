@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxsparse.errors import ConfigError, DataError
+from fxsparse.nn import MaskedWeight
 from fxsparse.sparsity.counts import check_sparsity
 from fxsparse.sparsity.distribution import ERK, Distribution, Target
 from fxsparse.sparsity.pattern import Pattern
@@ -128,6 +129,9 @@ class Method:
         from fxsparse.training.handle import Handle  # the handle drives methods, so it stands above them
 
         return Handle(model, optimizer, self, total_steps)
+
+    def install(self, weight: MaskedWeight) -> None:
+        """Put the buffers that the method's handle keeps in the model beside one weight; most have none."""
 
     def timed(self, total_steps: int | None) -> Self:
         """The method with every step number known.

@@ -16,9 +16,10 @@ from fxsparse.errors import ConfigError, DataError
 from fxsparse.nn import Mode, masked_weights
 from fxsparse.sparsity import Uniform
 from fxsparse.sparsity.saliency import Taylor, Wanda
-from fxsparse.training import RigL, attach
+from fxsparse.training import RigL, attach, make_loadable
 from fxsparse.training.densify import Densify
 from fxsparse.training.dsnot import DSNoT
+from fxsparse.training.handle import Handle
 from fxsparse.training.resu import RESU
 from fxsparse.training.resu_phases import Phase
 from fxsparse.training.resu_subset import RandomDead, TopGradient
@@ -279,3 +280,38 @@ def test_zero_gradients_move_nothing_and_choose_by_index():
         run.step += 1
     assert_zero_dead(run)
     assert all(row.movement == 0 for row in run.handle.report().resurrections)
+
+
+# Attached with a state, as engines resume: model and optimizer are loaded before a handle exists
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_attached_with_a_state(name):
+    run = Run(METHODS[name])
+    for stop in (3, run.cycles[-1].enter + 1, run.cycles[-1].end):
+        run.go(stop)
+        parts = torch.load(io.BytesIO(states(run)), weights_only=True)
+        again = Run.__new__(Run)
+        again.model, again.method, again.step = net(seed=7), run.method, run.step
+        make_loadable(again.model, again.method)
+        again.model.load_state_dict(parts[0])
+        again.optimizer = adamw(again.model.parameters())
+        again.optimizer.load_state_dict(parts[1])
+        again.handle = attach(again.model, again.optimizer, again.method, TOTAL, state=parts[2])
+        assert_same(run, again)
+        assert_same(Run(METHODS[name]).go(stop + 4), again.go(stop + 4))
+
+
+def test_a_state_that_does_not_fit_changes_nothing():
+    run = Run(METHODS["default"]).to_phase(1, 2)
+    saved = states(run)
+    state = run.handle.state_dict()
+    Handle.detach(run.handle)
+    before = states(run)
+    cut = {key: value for key, value in state.items() if key != "theta"}
+    for wrong, total in ((state, TOTAL + 60), (Run(METHODS["frozen"]).handle.state_dict(), TOTAL), (cut, TOTAL)):
+        with pytest.raises(ConfigError, match="not of this handle|lacks theta"):
+            attach(run.model, run.optimizer, METHODS["default"], total, state=wrong)
+        assert states(run) == before == saved
+    run.handle = attach(run.model, run.optimizer, METHODS["default"], TOTAL, state=state)
+    assert_same(Run(METHODS["default"]).go(TOTAL), run.go(TOTAL))

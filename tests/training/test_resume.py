@@ -176,3 +176,23 @@ def test_a_state_without_its_masks_raises_at_the_next_step():
     second.handle.load_state_dict(first.handle.state_dict())
     with pytest.raises(DataError, match="load the model's state_dict"):
         second.go(4, 5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_attached_with_a_state(name):
+    run = Run(name, "adamw")
+    run.go(0, 7)
+    again = Run.__new__(Run)
+    again.model = copy.deepcopy(run.model)
+    again.optimizer = OPTIMIZERS["adamw"](again.model.parameters())
+    again.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+    again.handle = attach(again.model, again.optimizer, METHODS[name], TOTAL, state=run.handle.state_dict())
+    again.scheduler, again.scaler = copy.deepcopy(run.scheduler), copy.deepcopy(run.scaler)
+    again.scheduler.optimizer = again.optimizer
+    run.go(7, TOTAL)
+    again.go(7, TOTAL)
+    assert str(run.handle.report()) == str(again.handle.report())
+    for one, other in zip(run.model.state_dict().values(), again.model.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(ConfigError, match="drives"):
+        attach(again.model, again.optimizer, METHODS[name], TOTAL, state=run.handle.state_dict())

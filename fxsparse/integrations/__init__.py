@@ -1,0 +1,1 @@
+"""Training engines: a callback each for Lightning and for the Hugging Face Trainer (optional extras)."""
