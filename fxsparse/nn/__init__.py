@@ -30,6 +30,12 @@ from fxsparse.nn.model import tie_masks as tie_masks
 from fxsparse.nn.resu import Resurrection as Resurrection
 from fxsparse.nn.resu import ThetaInit as ThetaInit
 from fxsparse.nn.resu_state import Mode as Mode
+from fxsparse.nn.shared import FastMode as FastMode
+from fxsparse.nn.shared_accelerate import FastLayer as FastLayer
+from fxsparse.nn.shared_accelerate import FastReport as FastReport
+from fxsparse.nn.shared_accelerate import accelerate as accelerate
+from fxsparse.nn.shared_accelerate import decelerate as decelerate
+from fxsparse.nn.shared_accelerate import fast_report as fast_report
 from fxsparse.nn.sparse_module import SparseModule as SparseModule
 from fxsparse.nn.sparse_module import layout_of as layout_of
 from fxsparse.nn.spec import Guard as Guard

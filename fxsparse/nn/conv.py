@@ -26,7 +26,8 @@ class _Conv(SparseModule, _ConvNd):
 
     def forward(self, input: Tensor) -> Tensor:
         """The masked convolution of an input (N, in_channels, *spatial) or (in_channels, *spatial)."""
-        return self._conv_forward(input, self.effective_weight, self.bias)
+        fast = self.fast_output(input)
+        return self._conv_forward(input, self.effective_weight, self.bias) if fast is None else fast
 
 
 class _ConvTranspose(SparseModule, _ConvTransposeNd):

@@ -71,7 +71,8 @@ def _leaves_flags() -> bool:
 def _in_compiled_code(weight: Tensor, mask: Tensor, sink: Tensor | None) -> Tensor:
     """The same in one graph that fits any set of collectors: its backward pass asks for them each time it runs."""
     if torch.is_grad_enabled() and weight.requires_grad:
-        return _compiled(weight, mask, sink)
+        result: Tensor = _compiled(weight, mask, sink)
+        return result
     return torch.where(mask, weight, 0.0)
 
 

@@ -51,4 +51,5 @@ class Linear(SparseModule, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """The masked linear map of an input (*, in_features)."""
-        return F.linear(input, self.effective_weight, self.bias)
+        fast = self.fast_output(input)
+        return F.linear(input, self.effective_weight, self.bias) if fast is None else fast

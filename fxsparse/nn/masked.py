@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,10 @@ from torch.nn.parameter import is_lazy
 
 from fxsparse.errors import ConfigError
 from fxsparse.nn.resu_state import ALIVE, load_companions, read_phase
-from fxsparse.nn.slot import SLOTS, MaskSlot, slots_of
+from fxsparse.nn.sharded import fill_zeros_
+from fxsparse.nn.shared import close_path
+from fxsparse.nn.shared_packed import load_packed_, packed_path
+from fxsparse.nn.slot import SHARED, SLOTS, MaskSlot, slots_of
 from fxsparse.nn.spec import Guard, MaskSpec
 
 
@@ -119,6 +123,9 @@ def remove_mask(module: nn.Module, attribute: str) -> None:
     slot = slots_of(module).get(attribute)
     if slot is None:
         raise ConfigError(f"`{attribute}` of {type(module).__name__} has no mask")
+    if packed_path(module) is not None:
+        check_mask_edit(module)
+    close_path(module)
     zero_dead_(module, attribute)
     slot.release()
     delattr(module, mask_name(attribute))
@@ -150,7 +157,13 @@ def beside_mask(slot: MaskSlot) -> tuple[str, ...]:
 
 
 def mask_of(module: nn.Module, attribute: str) -> Tensor:
-    """The mask buffer of this parameter of the module itself, through which its readers see the weight."""
+    """The mask buffer of this parameter of the module itself, through which its readers see the weight.
+
+    Alive-only storage has none: it gives a mask that nobody holds, to be read.
+    """
+    path = packed_path(module)
+    if path is not None:
+        return path.dense_mask(module)
     mask = module._buffers[mask_name(attribute)]
     assert mask is not None
     return mask
@@ -166,6 +179,13 @@ def alive_of(module: nn.Module, attribute: str) -> Tensor:
 
 
 def check_mask_edit(module: nn.Module) -> None:
+    """Raise ConfigError where one of the module's own weights is in a resurrection phase, or stored alive only."""
+    check_phase(module)
+    if packed_path(module) is not None:
+        raise ConfigError(f"`weight` of {type(module).__name__} is stored alive only; call restore_dense(handle) first")
+
+
+def check_phase(module: nn.Module) -> None:
     """Raise ConfigError where one of the module's own weights is in a resurrection phase."""
     for attribute, slot in slots_of(module).items():
         if slot.open:
@@ -189,13 +209,24 @@ def set_guard(module: nn.Module, attribute: str, guard: Guard) -> None:
     slot = slots_of(module).get(attribute)
     if slot is None:
         raise ConfigError(f"`{attribute}` of {type(module).__name__} has no mask")
+    if packed_path(module) is not None:
+        check_mask_edit(module)
     slot.spec = dataclasses.replace(slot.spec, guard=guard)
     bind_guard(module, attribute)
 
 
 def bind_guard(module: nn.Module, attribute: str) -> None:
     """Make the guard of a mask watch the parameter and the buffer that the module holds now."""
-    slots_of(module)[attribute].bind(_checked_parameter(module, attribute), mask_of(module, attribute))
+    if packed_path(module) is None:
+        slots_of(module)[attribute].bind(_checked_parameter(module, attribute), mask_of(module, attribute))
+        mask_written(module)
+
+
+def mask_written(module: nn.Module) -> None:
+    """Tell the module's fast path, if it has one, that its mask, row order or phase may have changed."""
+    path = module.__dict__.get(SHARED)
+    if path is not None:
+        path.refresh(module)
 
 
 def share_mask(module: nn.Module, attribute: str, mask: Tensor) -> None:
@@ -216,12 +247,14 @@ def write_row_order_(module: nn.Module, attribute: str, row_order: Tensor) -> No
 @torch.no_grad()
 def zero_dead_(module: nn.Module, attribute: str) -> None:
     """Write zeros to the entries of a parameter that its readers do not see; in a resurrection phase there are none."""
+    if packed_path(module) is not None:
+        return
     gate = mask_of(module, attribute)
     parameter = _checked_parameter(module, attribute)
     if not gate.is_meta and bool(gate.all()):
         return
     if parameter.device == gate.device:  # they differ while a model is half materialised
-        parameter.masked_fill_(~gate, 0.0)
+        fill_zeros_(parameter, ~gate)
 
 
 def _checked_parameter(module: nn.Module, attribute: str) -> nn.Parameter:
@@ -251,6 +284,9 @@ def _before_load(
     """Put the incoming masks into the buffers there are, and the present ones where the state has none."""
     errors = lists[-1]
     for attribute, slot in slots_of(module).items():
+        if packed_path(module) is not None:
+            load_packed_(module, state_dict, prefix, errors, _checker(prefix + attribute, slot.spec))
+            continue
         parameter = _checked_parameter(module, attribute)
         mask_key, order_key = prefix + mask_name(attribute), prefix + row_order_name(attribute)
         mask, order = mask_of(module, attribute), row_order_of(module, attribute)
@@ -276,13 +312,20 @@ def _before_load(
             state_dict[order_key] = row_order_of(module, attribute)
 
 
+def _checker(name: str, spec: MaskSpec) -> Callable[[Tensor, Tensor, Tensor | None], None]:
+    def check(weight: Tensor, mask: Tensor, row_order: Tensor | None) -> None:
+        check_mask(name, weight, spec, mask, row_order)
+
+    return check
+
+
 def _complete_state(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: object) -> None:
     """Add the masks where the module's own way of saving leaves buffers out."""
     for attribute, slot in slots_of(module).items():
         for name in (mask_name(attribute), *beside_mask(slot)):
-            buffer = module._buffers[name]
-            assert buffer is not None
-            state_dict.setdefault(prefix + name, buffer.detach())
+            buffer = module._buffers.get(name)
+            if buffer is not None:  # alive-only storage has no mask; it saves one all the same
+                state_dict.setdefault(prefix + name, buffer.detach())
 
 
 def _after_load(module: nn.Module, incompatible: object) -> None:

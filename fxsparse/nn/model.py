@@ -16,7 +16,7 @@ from fxsparse.nn.masked import (
     beside_mask,
     bind_guard,
     check_mask,
-    check_mask_edit,
+    check_phase,
     install_mask,
     mask_name,
     mask_of,
@@ -26,6 +26,9 @@ from fxsparse.nn.masked import (
     write_row_order_,
     zero_dead_,
 )
+from fxsparse.nn.sharded import part, part_like, whole
+from fxsparse.nn.shared import path_of, sink_of
+from fxsparse.nn.shared_packed import packed_path, write_packed_mask_
 from fxsparse.nn.slot import slots_of
 from fxsparse.nn.spec import Guard, MaskSpec, Route
 from fxsparse.sparsity import Mask
@@ -54,6 +57,46 @@ class MaskedWeight:
         return parameter
 
     @property
+    def packed(self) -> bool:
+        """Whether the parameter holds the alive values alone."""
+        return packed_path(self.owners[0][0]) is not None
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the dense weight."""
+        path = packed_path(self.owners[0][0])
+        return self.weight.shape if path is None else path.shape
+
+    @property
+    def has_masked_gradient(self) -> bool:
+        """Whether the gradient is known to be zero at dead entries without looking."""
+        gradient, path = self.weight.grad, path_of(self.owners[0][0])
+        if gradient is None or path is None:
+            return gradient is None
+        return path.packed or path.reused.lent(gradient)
+
+    def dense(self, tensor: Tensor) -> Tensor:
+        """A tensor stored as the parameter is (itself, its gradient), in the shape of the dense weight."""
+        path = packed_path(self.owners[0][0])
+        return whole(tensor) if path is None else path.spread(self.owners[0][0], tensor)
+
+    @torch.no_grad()
+    def write_(self, values: Tensor) -> None:
+        """Set the parameter to dense values, which are zero at dead entries."""
+        module = self.owners[0][0]
+        path = packed_path(module)
+        if path is None:
+            part(self.weight).copy_(part_like(values, self.weight))
+        else:
+            self.weight.copy_(path.pack(module, values))
+
+    @property
+    def sink(self) -> Tensor:
+        """The tensor under which `DenseGradients` files the gradient: the mask, where there is one."""
+        module = self.owners[0][0]
+        return self.mask if packed_path(module) is None else sink_of(module)
+
+    @property
     def mask(self) -> Tensor:
         """Which entries are alive, bool, the shape of the weight: a live buffer; read it, write it with `set_mask_`."""
         return alive_of(*self.owners[0])
@@ -73,14 +116,15 @@ class MaskedWeight:
     def buffers(self) -> tuple[Tensor, ...]:
         """Every buffer that belongs to the mask: the mask itself, its row order, what a resurrection phase holds."""
         named = ((m, name) for m, a in self.owners for name in (mask_name(a), *beside_mask(slots_of(m)[a])))
-        found = (module._buffers[name] for module, name in named)
+        found = (module._buffers.get(name) for module, name in named)  # alive-only storage has no mask
         return tuple(buffer for buffer in found if buffer is not None)
 
     def check(self, mask: object, row_order: Tensor | None = None) -> None:
         """Raise ConfigError unless `set_mask_` would take this mask; the row order is the present one by default."""
-        check_mask(self.name, self.weight, self.spec, mask, self.row_order if row_order is None else row_order)
+        like = torch.empty(self.shape, device="meta") if self.packed else self.weight
+        check_mask(self.name, like, self.spec, mask, self.row_order if row_order is None else row_order)
         for module, _ in self.owners:
-            check_mask_edit(module)
+            check_phase(module)
 
     def set_mask_(self, mask: Tensor, row_order: Tensor | None = None) -> None:
         """Set the mask's values in place, and the row order where one is given; newly dead weights become zero.
@@ -90,6 +134,12 @@ class MaskedWeight:
                 changed then.
         """
         self.check(mask, row_order)
+        if self.packed:
+            module, attribute = self.owners[0]
+            if row_order is not None:
+                write_row_order_(module, attribute, row_order)
+            write_packed_mask_(module, mask.to(self.weight.device), row_order)
+            return
         for module, attribute in self.owners:
             mask_of(module, attribute).copy_(mask)
             if row_order is not None:
@@ -210,6 +260,8 @@ def _common_mask(places: list[tuple[str, nn.Module, str]]) -> Tensor:
 
 def _share(name: str, owners: list[tuple[nn.Module, str]]) -> None:
     """Make the owners' equal masks one tensor again: moving a module to another device gives each its own."""
+    if packed_path(owners[0][0]) is not None:
+        return
     first = mask_of(*owners[0])
     for module, attribute in owners:
         mask = mask_of(module, attribute)

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fxsparse.errors import ConfigError
-from fxsparse.nn.masked import check_mask, mask_of, zero_dead_
+from fxsparse.nn.masked import check_mask, mask_of, mask_written, zero_dead_
 from fxsparse.nn.model import MaskedWeight
 from fxsparse.nn.resu_state import ALIVE, COMPANIONS, RESURRECTING, TRAINABLE, Mode, has_companions, read_phase
 from fxsparse.nn.slot import slots_of
@@ -101,6 +101,7 @@ class Resurrection:
         """Set the mode to what the buffers say, after something else than `load_state_dict` wrote them."""
         for module, attribute in self.weight.owners:
             read_phase(module, attribute, slots_of(module)[attribute])
+            mask_written(module)
 
     def scale(self) -> float:
         """Unbiased standard deviation sigma of the alive weights; 1/sqrt(fan_in) where it is undefined or zero."""
@@ -160,6 +161,7 @@ class Resurrection:
         for module, attribute in self.weight.owners:
             slots_of(module)[attribute].open = True
             mask_of(module, attribute).fill_(True)
+            mask_written(module)
         self._write(ALIVE, held)
         self._write(TRAINABLE, trainable)
         self._write(RESURRECTING, torch.ones((), dtype=torch.bool))
@@ -195,6 +197,7 @@ class Resurrection:
         for ending in COMPANIONS:
             self._write(ending, torch.zeros((), dtype=torch.bool))
         for module, attribute in self.weight.owners:
+            mask_written(module)
             zero_dead_(module, attribute)
 
     @torch.no_grad()

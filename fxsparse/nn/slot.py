@@ -13,6 +13,8 @@ from fxsparse.nn.functional import collecting
 from fxsparse.nn.spec import Guard, MaskSpec
 
 SLOTS = "_fxsparse_masks"
+SHARED = "_fxsparse_shared"
+"""Where a module keeps its fast path, see `fxsparse.nn.shared`."""
 
 
 class MaskSlot:

@@ -18,6 +18,7 @@ from fxsparse.nn.masked import (
     mask_spec,
     zero_dead_,
 )
+from fxsparse.nn.shared import close_path, path_of
 from fxsparse.nn.slot import SLOTS, slots_of
 from fxsparse.nn.spec import Guard, MaskSpec
 from fxsparse.sparsity import Layout, Pattern
@@ -67,6 +68,7 @@ class SparseModule(nn.Module):
         check_mask_edit(self)
         self.apply_mask_()
         dense = _transplant(self, self.dense_type)
+        close_path(dense)
         slots = dense.__dict__.pop(SLOTS)
         for attribute, slot in slots.items():
             del dense._buffers[mask_name(attribute)]
@@ -86,9 +88,17 @@ class SparseModule(nn.Module):
     @property
     def effective_weight(self) -> Tensor:
         """The weight as the forward reads it: where(mask, weight, 0)."""
+        path = path_of(self)
+        if path is not None and path.packed:
+            return path.dense_weight(self)
         if self.mask_spec.guard is Guard.GRADIENT:
             return self.weight
         return masked_weight(self.weight, self.weight_mask)
+
+    def fast_output(self, input: Tensor) -> Tensor | None:
+        """The output by the fast path of a shared support; None where there is none, or the dense product is taken."""
+        path = path_of(self)
+        return None if path is None else path.forward(self, input)
 
     def apply_mask_(self) -> None:
         """Write zeros to the dead entries of the weight."""

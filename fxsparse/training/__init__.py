@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from fxsparse.training.acdc import ACDC as ACDC
+from fxsparse.training.alive_only import StorageReport as StorageReport
+from fxsparse.training.alive_only import StoredWeight as StoredWeight
+from fxsparse.training.alive_only import restore_dense as restore_dense
+from fxsparse.training.alive_only import store_alive as store_alive
 from fxsparse.training.attach import attach as attach
 from fxsparse.training.attach import make_loadable as make_loadable
 from fxsparse.training.densify import Densify as Densify

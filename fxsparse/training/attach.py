@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from fxsparse.errors import ConfigError
 from fxsparse.nn import MaskedWeight, masked_weights
 from fxsparse.nn.slot import MaskSlot, slots_of
-from fxsparse.training.distributed import check_not_sharded, unwrap
+from fxsparse.training.distributed import check_sharding, unwrap
 from fxsparse.training.handle import Handle, handle_of, handles
 from fxsparse.training.initial import initial_masks, pattern_of, start_from
 from fxsparse.training.optimizer_state import check_optimizer, inner_optimizer, zero_state_
@@ -58,8 +58,8 @@ def attach(
         raise ConfigError(f"`total_steps` (={total_steps}) must be at least 1 optimizer step")
     optimizer = inner_optimizer(optimizer)
     check_optimizer(optimizer)
-    check_not_sharded(model)
     weights = masked_weights(unwrap(model))
+    check_sharding(model, weights, method)
     if not weights:
         raise ConfigError(f"`model` (={type(model).__name__}) has no masks; call fxsparse.transform on it first")
     _check_free(optimizer, weights)

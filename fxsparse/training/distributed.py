@@ -12,7 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from fxsparse.errors import ConfigError, DataError
+from fxsparse.nn import MaskedWeight
+from fxsparse.nn.sharded import is_sharded
 from fxsparse.sparsity.mask import Mask, MaskSet
+from fxsparse.training.updater import Method
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -35,6 +38,25 @@ def check_not_sharded(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
             raise ConfigError(f"`{name}` (=DTensor) is sharded; masks need whole weights: use DDP")
+
+
+def check_sharding(model: nn.Module, weights: Mapping[str, MaskedWeight], method: Method) -> None:
+    """Raise ConfigError for a sharded model that the method cannot train; `fully_shard` is fine for most."""
+    sharded = [name for name, weight in weights.items() if is_sharded(weight.weight)]
+    if not sharded:
+        check_not_sharded(model)
+        return
+    kind = type(method).__name__
+    if method.needs_whole_weights:
+        raise ConfigError(f"`{sharded[0]}` (=DTensor) is sharded; {kind} trains dead positions in place: use DDP")
+    for name in sharded:
+        if not weights[name].spec.hides_gradient:
+            raise ConfigError(
+                f"`{name}` (=DTensor) is sharded, and its gradient is masked at the parameter, where dead entries are "
+                "lost before ranks reduce it: use DDP, or exclude the weight from the masks"
+            )
+        if weights[name].packed:
+            raise ConfigError(f"`{name}` is stored alive only and sharded; call restore_dense before fully_shard")
 
 
 def process_group(model: nn.Module) -> dist.ProcessGroup | None:

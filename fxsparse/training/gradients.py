@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fxsparse.nn import DenseGradients, MaskedWeight
+from fxsparse.nn.sharded import is_sharded, part, rebuilt
 
 
 class GradientWindow:
@@ -38,7 +39,7 @@ class GradientWindow:
 
     def read(self) -> dict[str, Float[Tensor, "*shape"] | None]:
         """The sum of each weight; None where no gradient arrived."""
-        return {name: tap.total for name, tap in self._taps.items()}
+        return {name: tap.read() for name, tap in self._taps.items()}
 
 
 class _Tap:
@@ -51,14 +52,21 @@ class _Tap:
         self._hidden: DenseGradients | None = None
         self._hooks: list[RemovableHandle] = []
         self._settled: tuple[Tensor, int] | None = None
+        self._shards: Shards | None = None
 
     def open(self) -> None:
         self.close()
         parameter = self.weight.weight
         if not parameter.requires_grad:
             return
+        if is_sharded(parameter):
+            self._shards = Shards(self.weight)
+            self._hidden = self._shards.hidden
+            self._hidden.start()
+            self._hooks = self._shards.watch()
+            return
         if self.weight.spec.hides_gradient:  # else the parameter's own gradient is G
-            self._hidden = DenseGradients([self.weight.mask])
+            self._hidden = DenseGradients([self.weight.sink])
             self._hidden.start()
         self._hooks = [
             parameter.register_hook(weakly(self.arrive)),  # type: ignore[no-untyped-call]  # torch
@@ -71,13 +79,19 @@ class _Tap:
         if self._hidden is not None:
             self._hidden.stop()
         self._hooks, self._hidden, self.total, self._arrived, self._settled = [], None, None, None, None
+        self._shards = None
+
+    def read(self) -> Tensor | None:
+        """The sum; of a sharded weight this rank's own, of which the mean over ranks is G."""
+        return self.total if self._shards is None else self._shards.total()
 
     @torch.no_grad()
     def arrive(self, gradient: Tensor) -> None:
         """Add one backward pass: what reached the parameter, and what the mask hid from it."""
         gradient = (gradient.to_dense() if gradient.is_sparse else gradient).detach()
+        gradient = self.weight.dense(gradient)
         if self._hidden is not None:
-            hidden = self._hidden.read(self.weight.mask)
+            hidden = self._hidden.read(self.weight.sink)
             if hidden is not None:
                 gradient = torch.where(self.weight.mask, gradient, gradient + hidden)
             self._hidden.clear()
@@ -97,6 +111,64 @@ class _Tap:
         if self._settled is not None and self._settled[0] is present and self._settled[1] == present._version:
             return False
         return not present.is_sparse and not bool(present.any())
+
+
+class Shards:
+    """G of a weight that `fully_shard` spread: its gradient arrives reduced and cut, what the mask hid arrives here.
+
+    Args:
+        weight: The weight; its readers hide the gradient of dead entries.
+    """
+
+    def __init__(self, weight: MaskedWeight) -> None:
+        self.weight, self.hidden = weight, DenseGradients([weight.sink])
+        self._parameter = weight.weight  # in a forward pass the module holds another one, whole
+        self._lost: Tensor | None = None
+        self._held: Tensor | None = None  # `.grad` here, as the last reduced backward pass left it
+        self._seen: Tensor | None = None
+        self._cleared = False
+
+    def watch(self) -> list[RemovableHandle]:
+        """Hooks before each forward pass of the weight's module and after each reduced backward pass."""
+        parameter, owner = self._parameter, self.weight.owners[0][0]
+        reference = weakref.WeakMethod(self._look)
+
+        def before(module: nn.Module, inputs: object) -> None:
+            look = reference()
+            if look is not None:
+                look()
+
+        settle = parameter.register_post_accumulate_grad_hook(weakly(self.settle))  # type: ignore[no-untyped-call]  # torch
+        return [settle, owner.register_forward_pre_hook(before)]
+
+    @torch.no_grad()
+    def _look(self) -> None:
+        """Whether `.grad` was emptied since it was seen, in place or not; FSDP adds to it without a trace."""
+        present = self._parameter.grad
+        if self._held is None:
+            return
+        if present is None or present is not self._seen or not torch.equal(part(present), self._held):
+            self._cleared = True
+
+    @torch.no_grad()
+    def settle(self, parameter: Tensor) -> None:
+        """After a reduced backward pass: keep `.grad` as it is, before anyone unscales or clips it."""
+        if parameter.grad is None:
+            return
+        hidden = self.hidden.read(self.weight.sink)
+        anew = self._cleared or self._seen is not parameter.grad
+        before = None if anew else self._lost
+        self._lost = before if hidden is None else hidden.clone() if before is None else before + hidden
+        self.hidden.clear()
+        self._held, self._seen, self._cleared = part(parameter.grad).clone(), parameter.grad, False
+
+    def total(self) -> Tensor | None:
+        """This rank's summand; all ranks ask for it."""
+        if self._held is None:
+            return None
+        reduced = rebuilt(self._held, self._parameter)
+        lost = torch.zeros_like(reduced) if self._lost is None else self._lost.to(reduced.dtype)
+        return torch.where(self.weight.mask, reduced, lost)
 
 
 def step_factors(

@@ -21,13 +21,19 @@ from fxsparse.training.distributed import check_equal_masks, masks_digest, proce
 from fxsparse.training.gradients import GradientWindow, step_factors
 from fxsparse.training.held import Held
 from fxsparse.training.initial import targets_of
-from fxsparse.training.optimizer_state import reset_state_
+from fxsparse.training.optimizer_state import StateMover, reset_state_
 from fxsparse.training.records import Coverage, UpdateRecord, UpdateReport
 from fxsparse.training.state import WeightState
 from fxsparse.training.step_hooks import StepHooks
 from fxsparse.training.updater import Method
+from fxsparse.training.upkeep import Upkeep
 
 _HANDLES: weakref.WeakKeyDictionary[Optimizer, weakref.ref[Handle]] = weakref.WeakKeyDictionary()
+
+
+def _dense_gradient(weight: MaskedWeight) -> Tensor | None:
+    gradient = weight.weight.grad
+    return None if gradient is None else weight.dense(gradient)
 
 
 def handle_of(optimizer: Optimizer) -> Handle | None:
@@ -76,6 +82,21 @@ class Handle(StepHooks):
     def drives(self, parameter: nn.Parameter) -> bool:
         """Whether this very parameter is one of the masked weights."""
         return any(weight.weight is parameter for weight in self._weights.values())
+
+    @property
+    def masked(self) -> Mapping[str, MaskedWeight]:
+        """The masked weights by name."""
+        return self._weights
+
+    @property
+    def followed(self) -> bool:
+        """Whether averaged copies of the model follow."""
+        return bool(self._followers)
+
+    def storage_changed(self) -> None:
+        """Go on after weights went into alive-only storage or came back, between two steps."""
+        self._mover.follow(self._weights.values())
+        self._watch()
 
     def detach(self) -> None:
         """Stop: the masks stay as they are, dead weights stay zero as long as nothing writes them."""
@@ -151,7 +172,18 @@ class Handle(StepHooks):
         self._watch()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"_hooks", "_weights", "_held", "_window", "_gradients", "_aside", "_masks_due", "_watched", "_skipped"}
+        own = {
+            "_mover",
+            "_hooks",
+            "_weights",
+            "_held",
+            "_window",
+            "_gradients",
+            "_aside",
+            "_masks_due",
+            "_watched",
+            "_skipped",
+        }
         return {**{key: value for key, value in self.__dict__.items() if key not in own}, "attached": self.attached}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -168,6 +200,8 @@ class Handle(StepHooks):
         self._weights: dict[str, MaskedWeight] = masked_weights(unwrap(self.model))
         self._held = Held.of(self.model, self._weights)
         self._window = GradientWindow(self._weights)
+        self._mover, self._upkeep = StateMover(self.optimizer), Upkeep(self.optimizer)
+        self._mover.follow(self._weights.values())
         if attached:
             self._hooks = [
                 self.optimizer.register_step_pre_hook(self._before_step),
@@ -233,7 +267,8 @@ class Handle(StepHooks):
     def _states(self) -> list[WeightState]:
         """Every weight as the method sees it now, in the model's order."""
         groups = {id(each): group for group in self.optimizer.param_groups for each in group["params"]}
-        given = {name: self._weights[name].weight.grad for name in self._gradients}
+        steps = {name: _dense_gradient(weight) for name, weight in self._weights.items()}
+        given = {name: steps[name] for name in self._gradients}
         factors = step_factors(self._gradients, given, self._masks())
         return [
             WeightState(
@@ -242,13 +277,13 @@ class Handle(StepHooks):
                 step=self.step,
                 update=self.updates,
                 seed=self.method.seed,
-                weight=weight.weight.detach(),
+                weight=weight.dense(weight.weight.detach()),
                 mask=weight.mask,
                 pattern=weight.spec.pattern,
                 layout=weight.spec.layout,
                 row_order=weight.row_order,
                 gradient=self._gradients.get(name),
-                step_gradient=weight.weight.grad,
+                step_gradient=steps[name],
                 factor=factors.get(name, 1.0),
                 memory=self._memory.get(name, {}),
                 explored=self._coverage.of(name, weight.mask),
@@ -268,7 +303,9 @@ class Handle(StepHooks):
             return []
         values = self.method.grown.values(dataclasses.replace(state, mask=before), new)
         weight.set_mask_(mask, row_order)
-        weight.weight.copy_(torch.where(new, values, weight.weight))
+        weight.write_(torch.where(new, values, weight.dense(weight.weight)))
+        if weight.packed:
+            return []  # the state moved with the mask
         return reset_state_(self.optimizer, weight.weight, changed)
 
     def _lead(self) -> None:

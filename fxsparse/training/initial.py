@@ -37,7 +37,8 @@ class _Weight:
 
     def draw(self, method: Method, index: int, saliency: Saliency) -> Tensor:
         """Element scores."""
-        return saliency.score(self.masked.weight, None, generator(method.seed, index, 0, "initial_mask"))
+        weight = self.masked.dense(self.masked.weight)
+        return saliency.score(weight, None, generator(method.seed, index, 0, "initial_mask"))
 
 
 def pattern_of(method: Method, masked: MaskedWeight) -> Pattern:
@@ -161,7 +162,8 @@ def targets_of(method: Method, weights: Mapping[str, MaskedWeight]) -> dict[str,
 
 def _targets(method: Method, weights: Mapping[str, _Weight]) -> dict[str, Target]:
     specs = [weight.spec for weight in weights.values()]
-    scores = {name: torch.where(w.masked.mask, w.masked.weight.detach().abs(), 0.0) for name, w in weights.items()}
+    values = {name: weight.masked.dense(weight.masked.weight.detach()) for name, weight in weights.items()}
+    scores = {name: torch.where(weight.masked.mask, values[name].abs(), 0.0) for name, weight in weights.items()}
     return method.distribution.targets(specs, method.sparsity, scores)
 
 

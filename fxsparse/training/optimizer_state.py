@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Shaped
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer, SparseAdam
 
 from fxsparse.errors import ConfigError
+from fxsparse.nn import MaskedWeight
+from fxsparse.nn.sharded import fill_zeros_
+from fxsparse.nn.shared import path_of
+
+
+def inner_optimizer(optimizer: Any) -> Any:
+    """The optimizer inside wrappers that keep it in their attribute `optimizer`, as Accelerate's and Lightning's do."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return optimizer
 
 
 def check_optimizer(optimizer: object) -> None:
@@ -27,7 +40,7 @@ def check_optimizer(optimizer: object) -> None:
 def zero_state_(optimizer: Optimizer, weight: Tensor, where: Bool[Tensor, "*shape"]) -> None:
     """Write zeros into every state tensor shaped like the weight, where the mask is True."""
     for value in shaped_state(optimizer, weight).values():
-        value.masked_fill_(where, 0)
+        fill_zeros_(value, where)
 
 
 @torch.no_grad()
@@ -60,3 +73,30 @@ def shaped_state(optimizer: Optimizer, weight: Tensor) -> dict[str, Shaped[Tenso
     """The state tensors that have an entry for every entry of the weight."""
     state = optimizer.state.get(weight, {})
     return {key: value for key, value in state.items() if isinstance(value, Tensor) and value.shape == weight.shape}
+
+
+class StateMover:
+    """Moves an optimizer's state along where the alive entries of a weight in alive-only storage move."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def follow(self, weights: Iterable[MaskedWeight]) -> None:
+        """Watch those of the weights that have a fast path; nobody but the caller keeps the mover alive."""
+        for weight in weights:
+            path = path_of(weight.owners[0][0])
+            if path is not None:
+                path.movers.add(self)
+
+    @torch.no_grad()
+    def moved(self, parameter: Tensor, held: torch.Size, move: Callable[[Tensor], Tensor] | None) -> None:
+        """Keep the state of weights that stay alive, zero for grown ones; with no `move` drop what fits no longer."""
+        state = self.optimizer.state.get(parameter, {})
+        for key, value in list(state.items()):
+            if not isinstance(value, Tensor) or value.shape != held or value.ndim == 0:
+                continue
+            if move is not None:
+                state[key] = move(value).contiguous()
+            elif value.shape != parameter.shape:
+                del self.optimizer.state[parameter]
+                return

@@ -56,33 +56,42 @@ class Coverage:
     """The union over time of every mask, for weights that were sparse at any time."""
 
     def __init__(self) -> None:
-        self._ever: dict[str, Tensor] = {}
+        self._ever: dict[str, tuple[Tensor, tuple[int, ...]]] = {}  # bits and shape
         self._begun = False
 
     def see(self, masks: Mapping[str, Bool[Tensor, "*shape"]]) -> None:
         """Add the masks of now; a weight that was dense until now has explored all of its elements."""
         for name, mask in masks.items():
             if name in self._ever:
-                self._ever[name] = self._ever[name].to(mask.device) | mask
+                self._write(name, self.of(name, mask) | mask)
             elif not bool(mask.all()):
-                self._ever[name] = torch.ones_like(mask) if self._begun else mask.clone()
+                self._write(name, torch.ones_like(mask) if self._begun else mask)
         self._begun = True
 
     def of(self, name: str, mask: Tensor) -> Bool[Tensor, "*shape"]:
         """Which elements of a weight were ever alive."""
-        return self._ever.get(name, mask)
+        return self._read(name).to(mask.device) if name in self._ever else mask
 
     def rows(self) -> tuple[Explored, ...]:
         """One row per weight that is or was sparse."""
-        return tuple(Explored(name, int(ever.sum()), ever.numel()) for name, ever in self._ever.items())
+        every = {name: self._read(name) for name in self._ever}
+        return tuple(Explored(name, int(ever.sum()), ever.numel()) for name, ever in every.items())
 
     def state_dict(self) -> dict[str, Tensor]:
         """The unions, by name."""
-        return {name: ever.clone() for name, ever in self._ever.items()}
+        return {name: self._read(name) for name in self._ever}
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Set the unions."""
-        self._ever = {name: ever.clone() for name, ever in state_dict.items()}
+        self._ever = {}
+        for name, ever in state_dict.items():
+            self._write(name, ever)
+
+    def _write(self, name: str, ever: Tensor) -> None:
+        self._ever[name] = (Mask(ever).pack(), tuple(ever.shape))
+
+    def _read(self, name: str) -> Tensor:
+        return Mask.unpack(*self._ever[name]).tensor
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ from torch.utils.hooks import RemovableHandle
 
 from fxsparse.errors import ConfigError, DataError
 from fxsparse.nn import MaskedWeight
+from fxsparse.nn.sharded import fill_zeros_, part
 from fxsparse.training.distributed import average, process_group, unwrap
 from fxsparse.training.gradients import GradientWindow
 from fxsparse.training.held import Held
-from fxsparse.training.optimizer_state import zero_state_
 from fxsparse.training.updater import Method, NonFinite
+from fxsparse.training.upkeep import Upkeep
 
 Gradients = dict[str, Tensor | None]
 
@@ -41,6 +42,7 @@ class StepHooks(abc.ABC):
     _held: Held
     _window: GradientWindow
     _hooks: list[RemovableHandle]
+    _upkeep: Upkeep
 
     @property
     def attached(self) -> bool:
@@ -85,6 +87,7 @@ class StepHooks(abc.ABC):
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._prepare()
+            self._upkeep.before(self._weights.values())
             return None
         if "closure" in kwargs:
             return args, {**kwargs, "closure": self._prepared(closure)}
@@ -110,8 +113,8 @@ class StepHooks(abc.ABC):
         """With the gradients of the step at hand: mask them, read G, put them aside where the step is left out."""
         for weight in self._weights.values():
             gradient = weight.weight.grad
-            if gradient is not None and not gradient.is_sparse:
-                gradient.masked_fill_(~weight.mask, 0)
+            if gradient is not None and not gradient.is_sparse and not weight.has_masked_gradient:
+                fill_zeros_(gradient, ~weight.mask)
         if self._watched:
             self._gradients = average(self._window.read(), self._values(), process_group(self.model))
             self._check_collected()
@@ -138,7 +141,7 @@ class StepHooks(abc.ABC):
     def _check_finite(self, what: str) -> None:
         """Waiting helps where a gradient overflowed; it never ends where a parameter is itself NaN or infinite."""
         for name, parameter in unwrap(self.model).named_parameters():
-            if parameter.grad is not None and (bad := int((~parameter.isfinite()).sum())):
+            if parameter.grad is not None and (bad := int((~part(parameter).isfinite()).sum())):
                 raise DataError(
                     f"{what}, and `{name}` holds NaN or Inf (={bad} values): the training has diverged, and no later "
                     "step can be finite; go back to a checkpoint and lower the learning rate"
@@ -169,13 +172,11 @@ class StepHooks(abc.ABC):
         try:
             if not self._skipped:
                 self.step += 1
-                for weight in self._weights.values():
-                    weight.apply_()
-                    zero_state_(optimizer, weight.weight, ~weight.mask)
+                self._upkeep.after(self._weights.values())
                 self._look()
         finally:
             self._clear()
             self._watch()
 
     def _values(self) -> dict[str, Tensor]:
-        return {name: weight.weight.detach() for name, weight in self._weights.items()}
+        return {name: weight.dense(weight.weight.detach()) for name, weight in self._weights.items()}

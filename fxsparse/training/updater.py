@@ -130,6 +130,11 @@ class Method:
 
         return Handle(model, optimizer, self, total_steps)
 
+    @property
+    def needs_whole_weights(self) -> bool:
+        """Whether weights that are spread over ranks are refused."""
+        return False
+
     def install(self, weight: MaskedWeight) -> None:
         """Put the buffers that the method's handle keeps in the model beside one weight; most have none."""
 

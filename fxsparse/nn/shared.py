@@ -1,0 +1,338 @@
+"""The fast path of a layer whose weight has a shared support, beside the dense product with the masked weight."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from fxsparse.errors import ConfigError
+from fxsparse.nn.functional import DenseGradients, collecting
+from fxsparse.nn.shared_index import drop_index, eligible, held_index, write_index_
+from fxsparse.nn.shared_kernels import Geometry, outer_gradient
+from fxsparse.nn.shared_product import (
+    Index,
+    ReusedGradient,
+    Rows,
+    alive_values,
+    format_of,
+    product,
+    read_alive,
+    spread_values,
+)
+from fxsparse.nn.slot import SHARED, slots_of
+
+WEIGHT, MASK, ROW_ORDER = "weight", "weight_mask", "weight_row_order"
+
+
+class FastMode(enum.Enum):
+    """How the products of layers with shared support are computed."""
+
+    AUTO = "auto"
+    """Whichever is faster, measured once per shape and device; the choice may change the last bits of a result."""
+    SPARSE = "sparse"
+    """By gathers and small dense products, wherever a weight is sparse."""
+    DENSE = "dense"
+    """By dense products with the masked weight."""
+
+
+class Mover(Protocol):
+    """Who keeps something beside a parameter in alive-only storage, and must follow its positions."""
+
+    def moved(self, parameter: Tensor, held: torch.Size, move: Callable[[Tensor], Tensor] | None) -> None:
+        """The alive entries moved.
+
+        Args:
+            parameter: The parameter, changed already.
+            held: Its shape before.
+            move: Turns values at the old positions into values at the new ones; None when a checkpoint brings them.
+        """
+
+
+class SharedPath:
+    """What a sparse module's `__dict__` keeps for its fast path; it is copied and pickled with the module.
+
+    Attributes:
+        mode: How the product is chosen.
+        threshold: Sparsity from which the sparse product is taken without measuring, or None.
+        movers: Who follows the positions of alive-only storage.
+        packed: Whether the parameter holds the alive values alone, [groups, G, k] or [groups, G, k, kernel].
+        shape: Shape of the dense weight.
+        reason: Why this layer computes densely now; None where the sparse product can be taken.
+    """
+
+    def __init__(self, shape: torch.Size, mode: FastMode, threshold: float | None) -> None:
+        self.mode, self.threshold, self.shape = mode, threshold, shape
+        self.packed = False
+        self.reason: str | None = "not prepared"
+        self.rows = Rows(shape[0], 1, shape[0], True)
+        self.sparsity = 0.0
+        self.chosen: dict[tuple[Any, ...], float] = {}  # situation -> time of dense / time of sparse
+        self.reused = ReusedGradient()
+        self.movers: weakref.WeakSet[Mover] = weakref.WeakSet()
+        self._seen: tuple[Tensor | None, int, Tensor | None, int] = (None, -1, None, -1)
+
+    def refresh(self, module: nn.Module) -> None:
+        """Follow the mask and the row order of the module; does nothing where neither has been written."""
+        if self.packed:
+            return
+        mask, order = module._buffers[MASK], module._buffers.get(ROW_ORDER)
+        assert mask is not None
+        slot = slots_of(module)[WEIGHT]
+        seen = (mask, _version(mask), order, _version(order))
+        if self._is_seen(mask, order) and (self.reason == "in a resurrection phase") == slot.open:
+            return
+        self.reused.forget()
+        self._seen = seen
+        self.reason = "in a resurrection phase" if slot.open else eligible(module, mask)
+        if self.reason is None:
+            try:
+                self.rows, self.sparsity = write_index_(module, slot.spec, mask, order)
+            except ConfigError as error:
+                self.reason = str(error)
+
+    def _is_seen(self, mask: Tensor, order: Tensor | None) -> bool:
+        seen = self._seen
+        return seen[0] is mask and seen[2] is order and (seen[1], seen[3]) == (_version(mask), _version(order))
+
+    def forward(self, module: nn.Module, input: Tensor) -> Tensor | None:
+        """The layer's output, or None where the dense product is to be taken."""
+        if torch.compiler.is_compiling():
+            if self.reason is not None or torch.compiler.is_exporting():
+                return None
+        else:
+            self.refresh(module)
+            if self.reason is not None or _recorded(input) or input.numel() == 0:
+                return None
+        if not self.fits(input) or not (self.packed or self.takes_sparse(module, input)):
+            return None
+        return self.sparse(module, input)
+
+    def fits(self, input: Tensor) -> bool:
+        """Whether the layer takes an input of this shape; the dense product says what is wrong with others."""
+        axes = len(self.shape) - 2
+        if axes == 0:
+            return input.ndim > 0 and input.shape[-1] == self.shape[1]
+        return input.ndim in (axes + 1, axes + 2) and input.shape[-axes - 1] == self.shape[1]
+
+    def takes_sparse(self, module: nn.Module, input: Tensor) -> bool:
+        """Whether the sparse product is the choice for this input; measures where nobody has yet."""
+        if self.mode is not FastMode.AUTO:
+            return self.mode is FastMode.SPARSE
+        if self.threshold is not None:
+            return self.sparsity >= self.threshold
+        key = situation(self, input)
+        if key not in self.chosen:
+            if torch.compiler.is_compiling():
+                return self.sparsity >= UNMEASURED
+            from fxsparse.nn.shared_choice import measured  # it runs this very path
+
+            self.chosen[key] = measured(module, self, input)
+        return self.chosen[key] > 1.0
+
+    def sparse(self, module: nn.Module, input: Tensor) -> Tensor:
+        """The layer's output by gathers and small dense products."""
+        weight, bias = module._parameters[WEIGHT], module._parameters.get("bias")
+        assert weight is not None
+        output = self.run(module, input, weight, bias)
+        if not torch.compiler.is_compiling() and output.requires_grad and _wanted(module):
+            _watch(module, self.shape, input.detach(), output)
+        return output
+
+    def run(self, module: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The sparse product with this weight, stored as the module's."""
+        kind = input.device.type
+        low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        index = held_index(module)
+        values = weight if self.packed else self._alive(weight, index)
+        if low is not None and input.dtype in (torch.float32, torch.float16, torch.bfloat16):
+            input, values = input.to(low), values.to(low)
+            bias = None if bias is None else bias.to(low)
+        sink = sink_of(module)
+        if isinstance(module, _ConvNd):
+            return _convolved(module, input, values, bias, index, self.rows, sink)
+        made = product(input.reshape(-1, self.shape[1]), values, bias, index, self.rows, None, sink)
+        return made.view(*input.shape[:-1], self.shape[0])
+
+    def _alive(self, weight: Tensor, index: Index) -> Tensor:
+        if torch.compiler.is_compiling():
+            return read_alive(weight, index.positions, index.rows, self.rows)
+        return alive_values(weight, index, self.rows, self.reused)
+
+    def spread(self, module: nn.Module, values: Tensor) -> Tensor:
+        """The dense tensor of any alive values."""
+        return spread_values(values, held_index(module), self.rows, self.shape)
+
+    def dense_weight(self, module: nn.Module) -> Tensor:
+        """The dense weight of packed storage, for autograd connected to the parameter."""
+        weight = module._parameters[WEIGHT]
+        assert weight is not None
+        return self.spread(module, weight)
+
+    def dense_mask(self, module: nn.Module) -> Tensor:
+        """The mask of packed storage, made anew."""
+        weight = module._parameters[WEIGHT]
+        assert weight is not None
+        return self.spread(module, torch.ones_like(weight, dtype=torch.bool, requires_grad=False))
+
+    def pack(self, module: nn.Module, dense: Tensor) -> Tensor:
+        """The alive values of any tensor shaped like the dense weight."""
+        index = held_index(module)
+        return read_alive(dense, index.positions, index.rows, self.rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_seen", "movers")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.movers, self._seen = weakref.WeakSet(), (None, -1, None, -1)
+
+
+UNMEASURED = 0.5
+"""Sparsity from which a compiled graph takes the sparse product where no eager step has measured it."""
+
+
+def situation(path: SharedPath, input: Tensor) -> tuple[Any, ...]:
+    """What a measured choice holds for: shapes, type, device; sizes of batches in steps of two."""
+    samples = input.numel() // max(input.shape[1] if input.ndim > 2 else input.shape[-1], 1)
+    kind = input.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
+    plain = input.is_contiguous()
+    threads = torch.get_num_threads()
+    return (path.rows, round(path.sparsity, 1), samples.bit_length(), str(input.device), dtype, plain, threads)
+
+
+def path_of(module: nn.Module) -> SharedPath | None:
+    """The fast path of a module, or None."""
+    found: SharedPath | None = module.__dict__.get(SHARED)
+    return found
+
+
+def open_path(module: nn.Module, mode: FastMode, threshold: float | None) -> SharedPath:
+    """Give a sparse module a fast path, or change how the one it has chooses."""
+    path = path_of(module)
+    weight = module._parameters[WEIGHT]
+    assert weight is not None
+    if path is None:
+        path = module.__dict__[SHARED] = SharedPath(weight.shape, mode, threshold)
+    path.mode, path.threshold = mode, threshold
+    path.refresh(module)
+    return path
+
+
+def close_path(module: nn.Module) -> None:
+    """Take the fast path off.
+
+    Raises:
+        ConfigError: the parameter holds the alive values alone.
+    """
+    path = path_of(module)
+    if path is None:
+        return
+    if path.packed:
+        raise ConfigError(f"`weight` of {type(module).__name__} is stored alive only; restore() the storage first")
+    del module.__dict__[SHARED]
+    drop_index(module)
+
+
+def _version(tensor: Tensor | None) -> int:
+    """How often a tensor was written; -1 where nobody counts."""
+    return -1 if tensor is None or tensor.is_inference() else tensor._version
+
+
+def _recorded(input: Tensor) -> bool:
+    """Whether something records, traces or transforms what runs: it must see the layer's own function."""
+    return (
+        type(input) is not Tensor
+        or input.is_meta
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_function_stack() > 0
+        or _get_current_dispatch_mode() is not None
+    )
+
+
+def _wanted(module: nn.Module) -> bool:
+    """Whether somebody collects the dense gradient of this weight."""
+    return torch.is_grad_enabled() and any(each.wants(sink_of(module)) for each in collecting())
+
+
+def sink_of(module: nn.Module) -> Tensor:
+    """The tensor under which collectors file this layer's dense gradient."""
+    mask = module._buffers.get(MASK)
+    return mask if mask is not None else module._buffers["weight_columns"]  # type: ignore[return-value]  # packed
+
+
+def _watch(module: nn.Module, shape: torch.Size, input: Tensor, output: Tensor) -> None:
+    """Hand dL/dW for every position, one dense product, to those who collect it once the backward pass gets here."""
+    sink = sink_of(module)
+    wanting = [each for each in collecting() if each.wants(sink)]
+    output.register_hook(_DenseGradient(module, shape, input, wanting, sink))  # type: ignore[no-untyped-call]  # torch
+
+
+class _DenseGradient:
+    """Backward hook on a layer's output."""
+
+    def __init__(
+        self, module: nn.Module, shape: torch.Size, input: Tensor, wanting: list[DenseGradients], sink: Tensor
+    ) -> None:
+        self.module, self.shape, self.input, self.wanting, self.sink = module, shape, input, wanting, sink
+
+    @torch.no_grad()
+    def __call__(self, gradient: Tensor) -> None:
+        wanting = [each for each in self.wanting if each.active]
+        if not wanting:
+            return
+        weight = self.module._parameters[WEIGHT]
+        assert weight is not None
+        dense = dense_gradient(self.module, self.shape, self.input, gradient).to(weight.dtype)
+        for each in wanting:
+            each.add(self.sink, dense)
+
+
+def dense_gradient(module: nn.Module, shape: torch.Size, input: Tensor, gradient: Tensor) -> Tensor:
+    """dL/dW from a layer's input and the gradient of its output."""
+    if not isinstance(module, _ConvNd):
+        return outer_gradient(input.reshape(-1, shape[1]), gradient.reshape(-1, shape[0]), None)
+    if input.ndim < len(shape):
+        input, gradient = input[None], gradient[None]
+    padded, padding = _padded(module, input)
+    return outer_gradient(padded, gradient, _geometry(module, padding, 1))
+
+
+def _padded(module: _ConvNd, input: Tensor) -> tuple[Tensor, list[int]]:
+    """The input with what a convolution cannot pad itself, and what is left to pad."""
+    axes = len(module.kernel_size)
+    around = list(module._reversed_padding_repeated_twice)
+    before, after = around[::2][::-1], around[1::2][::-1]
+    if before == after and (module.padding_mode == "zeros" or not any(before)):
+        return input, before
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return F.pad(input, around, mode=mode).contiguous(memory_format=format_of(input)), [0] * axes
+
+
+def _geometry(module: _ConvNd, padding: list[int], groups: int) -> Geometry:
+    return Geometry(module.kernel_size, module.stride, tuple(padding), module.dilation, groups)
+
+
+def _convolved(
+    module: _ConvNd, input: Tensor, values: Tensor, bias: Tensor | None, index: Index, rows: Rows, sink: Tensor
+) -> Tensor:
+    single = input.ndim == len(module.kernel_size) + 1
+    padded, padding = _padded(module, input[None] if single else input)
+    geometry = _geometry(module, padding, rows.groups)
+    if set(geometry.kernel) == {1} and not any(padding) and set(geometry.stride) != {1}:
+        steps = tuple(slice(None, None, step) for step in geometry.stride)
+        form = format_of(padded)
+        padded = padded[(slice(None), slice(None), *steps)].contiguous(memory_format=form)
+        geometry = dataclasses.replace(geometry, stride=(1,) * len(steps))
+    output = product(padded, values, bias, index, rows, geometry, sink)
+    return output[0] if single else output
