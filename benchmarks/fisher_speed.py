@@ -1,26 +1,26 @@
 """What does the Fisher cost? One collection, in units of one forward and backward pass of the same model.
 
-Run: python benchmarks/fisher_speed.py [--seconds 2] [--memory]
+Run: python benchmarks/fisher_speed.py [--seconds 2] [--peers] [--memory]
 Variants, interleaved in one process, one thread; the least processor time of each, as a multiple of the unit:
   step               forward and backward with all gradients: the unit
   group <kind>       `FisherCollector.update`, groups by module type; it is all that is needed beside the step
   element <kind>     the same with every entry a group, without variances
   step with taps     the step of an instrumented graph: gradients and group statistics together
-  peer: ...          BackPACK, where it is installed
-With --memory: peak memory of a process that trains a transformer of 100 M parameters for one step, and of one that
-collects; and how much smaller the stored statistics are than a value for each parameter.
+With --peers: single entries by other packages that are installed (see curvature_peers.py).
+With --memory: peak memory of processes that train a transformer of 100 M parameters for two steps, that collect, that
+do both and that train with taps; and how much smaller the stored statistics are than a value for each parameter.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 
+import curvature_peers
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -100,28 +100,10 @@ def variants(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Callable[[], o
         found[f"element {kind}"] = lambda collector=collector: collector.update((x, y))
     tapped = instrument_fisher(model, (x,)).module
     found["step with taps"] = lambda: step(tapped)
-    return found | backpack_variants(x, y, model)
-
-
-def backpack_variants(x: Tensor, y: Tensor, model: nn.Module) -> dict[str, Callable[[], object]]:
-    if importlib.util.find_spec("backpack") is None or not isinstance(model, nn.Sequential):
-        return {}
-    import copy
-
-    from backpack import backpack, extend, extensions
-
-    own, loss = extend(copy.deepcopy(model)), extend(nn.CrossEntropyLoss())
-
-    def run(extension: object) -> None:
-        own.zero_grad(set_to_none=True)
-        with backpack(extension):
-            loss(own(x), y).backward()
-
-    return {
-        "peer: BackPACK squares": lambda: run(extensions.SumGradSquared()),
-        "peer: BackPACK GGN MC": lambda: run(extensions.DiagGGNMC(mc_samples=1)),
-        "peer: BackPACK GGN exact": lambda: run(extensions.DiagGGNExact()),
-    }
+    matrices = [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
+    weights = instrument_fisher(model, (x,), parameters=matrices).module
+    found["step with taps, matrices"] = lambda: step(weights)
+    return found
 
 
 def measure(runs: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
@@ -147,50 +129,59 @@ print(bench.peak(sys.argv[1]))
 
 
 def peak(what: str) -> str:
-    """Peak resident memory in MiB of one step or one collection on a large transformer, and its numbers of values."""
+    """Peak resident memory in MiB of two steps, with or without a collection, and the numbers of values."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = Transformer(768, 12, 12, 20_000)
     x, y = torch.randint(0, 20_000, (4, 128)), torch.randint(0, 10, (4,))
     stored = 0
-    if what == "step":
-        F.cross_entropy(model(x), y).backward()
-    else:
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)  # a training loop holds them too
+    if what == "collect":
         collector = FisherCollector(model)
         collector.update((x, y))
         stored = sum(value.numel() for value in collector.get().values())
+    module = instrument_fisher(model, (x,)).module if what == "taps" else model
+    for _ in range(0 if what == "collect" else 2):
+        module.zero_grad(set_to_none=True)
+        F.cross_entropy(module(x), y).backward()
+        if what == "both":
+            what = "step"
+            module.zero_grad(set_to_none=True)
+            FisherCollector(model).update((x, y))
     total = sum(parameter.numel() for parameter in model.parameters())
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} {total} {stored}"
 
 
 def memory() -> None:
+    """Steps alone; a collection alone; a collection between two steps; steps with taps."""
     folder = __file__.rpartition("/")[0]
     results = {}
-    for what in ("step", "group"):
+    for what in ("step", "collect", "both", "taps"):
         done = subprocess.run(
             [sys.executable, "-c", _MEMORY.format(folder=folder), what], capture_output=True, text=True, check=True
         )
         results[what] = [float(value) for value in done.stdout.split()]
-    step, group = results["step"], results["group"]
-    print(
-        f"\n{group[1] / 1e6:.0f} M parameters, peak memory: step {step[0]:.0f} MiB, collection {group[0]:.0f} MiB",
-        end="",
-    )
-    print(f" ({group[0] / step[0] - 1:+.1%}); stored values 1 : {group[1] / group[2]:.0f}")
+    step, values = results["step"][0], results["collect"]
+    print(f"\n{values[1] / 1e6:.0f} M parameters, peak memory of two steps {step:.0f} MiB")
+    for what in ("collect", "both", "taps"):
+        print(f"  {what:8} {results[what][0]:6.0f} MiB ({results[what][0] / step - 1:+.1%})")
+    print(f"  stored values 1 : {values[1] / values[2]:.0f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=2.0, help="for each variant")
+    parser.add_argument("--peers", action="store_true")
     parser.add_argument("--memory", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for title, (make, inputs) in MODELS.items():
         torch.manual_seed(0)
         model, x = make(), inputs()
-        times = measure(variants(model, x, torch.randint(0, 10, (len(x),))), options.seconds)
+        y = torch.randint(0, 10, (len(x),))
+        runs = variants(model, x, y)
+        if options.peers:
+            runs |= curvature_peers.steps(curvature_peers.DIAGONALS, make, x, y)
+        times = measure(runs, options.seconds)
         print(f"\n{title}: unit {times['step'] * 1e3:.1f} ms")
         for name, value in times.items():
             print(f"  {name:26} {value / times['step']:6.2f}")

@@ -2,22 +2,21 @@
 
 Run: python benchmarks/ggn_speed.py [--seconds 3] [--peers]
 Everything in one process, one thread, float32, cross-entropy over 10 classes; quantities and the unit are timed in
-turn in processor time, and the ratio of medians is printed. With --peers the same is asked of curvlinops and BackPACK
-where they are installed (`pip install curvlinops-for-pytorch backpack-for-pytorch`); what they refuse is left out.
+turn in processor time, and the ratio of medians is printed. With --peers the same is asked of other packages that are
+installed (see curvature_peers.py); what they refuse is left out.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import statistics
 import time
 from collections.abc import Callable
 
+import curvature_peers
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fxsparse.curvature.operator import CurvatureOperator
 
@@ -98,51 +97,6 @@ def ours(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> dict[str, Callab
     }
 
 
-def peers(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> dict[str, Callable[[], object]]:
-    """What is timed of others; each is tried once, and told about where it fails."""
-    found: dict[str, Callable[[], object]] = {}
-    for name, make in {"curvlinops GGN-vp": _curvlinops, "BackPACK exact diagonal": _backpack}.items():
-        try:
-            step = make(copy.deepcopy(model), x, y)
-            step()
-            found[name] = step
-        except Exception as error:  # whatever they raise
-            print(f"{name}: {type(error).__name__} ({str(error).splitlines()[0][:90] if str(error) else ''})")
-    return found
-
-
-def _curvlinops(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable[[], object]:
-    from curvlinops import GGNLinearOperator
-
-    parameters = dict(model.named_parameters())
-    v = torch.randn(sum(p.numel() for p in parameters.values()))
-    try:
-        operator = GGNLinearOperator(
-            model, nn.CrossEntropyLoss(), list(parameters.values()), [(x, y)], check_deterministic=False
-        )
-    except Exception:  # newer versions take the parameters by name
-        operator = GGNLinearOperator(model, nn.CrossEntropyLoss(), parameters, [(x, y)], check_deterministic=False)
-
-    def step() -> object:
-        with sdpa_kernel(SDPBackend.MATH):
-            return operator @ v
-
-    return step
-
-
-def _backpack(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable[[], object]:
-    from backpack import backpack, extend
-    from backpack.extensions import DiagGGNExact
-
-    model, loss = extend(model), extend(nn.CrossEntropyLoss())
-
-    def step() -> None:
-        with backpack(DiagGGNExact()):
-            loss(model(x), y).backward()
-
-    return step
-
-
 def unit(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable[[], object]:
     """One forward and backward pass."""
 
@@ -154,16 +108,23 @@ def unit(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable[[], obj
 
 
 def medians(steps: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """Milliseconds of each; all run in turn until the time is over, at least 3 rounds after one to warm up."""
+    """Milliseconds of the second of two calls; all in turn until the time is over, at least 3 rounds after one."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     start, rounds = time.perf_counter(), 0
     while rounds < 4 or time.perf_counter() - start < seconds:
         for name, step in steps.items():
+            step()  # the allocator is then in the state in which this step leaves it
             begin = time.process_time()
             step()
             times[name].append(time.process_time() - begin)
         rounds += 1
     return {name: 1e3 * statistics.median(each[1:]) for name, each in times.items()}
+
+
+def others(make: Callable[[], nn.Module], x: torch.Tensor, y: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """What is timed of others."""
+    exact = {name: each for name, each in curvature_peers.DIAGONALS.items() if "exact" in name}
+    return curvature_peers.steps({**curvature_peers.PRODUCTS, **exact}, lambda: make().eval(), x, y)
 
 
 def main() -> None:
@@ -177,7 +138,7 @@ def main() -> None:
         torch.manual_seed(0)
         model, x = make().eval(), inputs()
         y = torch.randint(CLASSES, (len(x),))
-        steps = {"unit": unit(model, x, y), **ours(model, x, y), **(peers(model, x, y) if options.peers else {})}
+        steps = {"unit": unit(model, x, y), **ours(model, x, y), **(others(make, x, y) if options.peers else {})}
         found = medians(steps, options.seconds)
         for what, value in found.items():
             print(f"{name:<28} {what:<34} {value:>9.2f} {value / found['unit']:>7.2f}")

@@ -1,11 +1,13 @@
 """How long does `transform` take, against one recorder run and one plain symbolic trace of the same model?
 
-Run: python benchmarks/transform_time.py [--repeats 5] [--threads 1] [--zoo PATH --only GLOB]
+Run: python benchmarks/transform_time.py [--repeats 5] [--threads 1] [--zoo PATH --only GLOB [GLOB ...]]
 Columns, medians in milliseconds of CPU time of this process:
   recorder        `fxsparse.graph.record`: one eager run on the example inputs
   symbolic_trace  `torch.fx.symbolic_trace`; "refused" where it raises (the time until then still counts)
   transform       `fxsparse.transform` at sparsity 0, with its comparison on the example inputs
   ratio           transform / (recorder + symbolic_trace)
+The last line sums up: the median ratio; how many ratios are above 3, and how many of those belong to a transform of
+more than a quarter of a second; the slowest transform; all transforms together. Models are in eval mode.
 PATH is a directory with a zoo.json whose entries have `name`, `ctor` (Python that leaves `m`) and `inputs` (Python that
 leaves `args` and `kwargs`; `torch` and the batch size `B` in scope).
 """
@@ -58,14 +60,14 @@ BUILT_IN: dict[str, Callable[[], Case]] = {
 }
 
 
-def cases(zoo: Path | None, only: str) -> Iterator[tuple[str, Callable[[], Case]]]:
+def cases(zoo: Path | None, only: list[str]) -> Iterator[tuple[str, Callable[[], Case]]]:
     """Name and maker of every model to measure."""
     if zoo is None:
         yield from BUILT_IN.items()
         return
     sys.path.insert(0, str(zoo))
     for entry in json.loads((zoo / "zoo.json").read_text())["entries"]:
-        if fnmatch.fnmatch(entry["name"], only):
+        if any(fnmatch.fnmatch(entry["name"], glob) for glob in only):
             yield entry["name"], lambda entry=entry: made(entry)  # type: ignore[misc]  # bound at once
 
 
@@ -94,14 +96,25 @@ def median(action: Callable[[], object], repeats: int) -> tuple[float, bool]:
     return statistics.median(times[1:]), fine
 
 
-def row(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], repeats: int) -> str:
-    """The cells of one model."""
+def row(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], repeats: int
+) -> tuple[str, tuple[float, float] | None]:
+    """The cells of one model; the ratio and the milliseconds of its transform, None where it failed."""
     recorder, _ = median(lambda: record(model, args, kwargs), repeats)
     trace, traced = median(lambda: torch.fx.symbolic_trace(model), repeats)
     transform, fine = median(lambda: fxsparse.transform(model, (args, kwargs)), repeats)
     shown = f"{trace:.1f}" if traced else f"refused ({trace:.1f})"
     result = f"{transform:>10.1f} {transform / (recorder + trace):>6.2f}" if fine else "    failed"
-    return f"{recorder:>9.1f} {shown:>16} {result}"
+    return f"{recorder:>9.1f} {shown:>16} {result}", (transform / (recorder + trace), transform) if fine else None
+
+
+def summary(found: list[tuple[float, float]]) -> str:
+    """All models in one line."""
+    ratios, times = zip(*found, strict=True)
+    above = [(ratio, time) for ratio, time in found if ratio > 3]
+    long = sum(time > 250 for _, time in above)
+    share = f"{len(found)} models: median ratio {statistics.median(ratios):.2f}; above 3: {len(above)}"
+    return f"{share}, of which over 250 ms: {long}; slowest {max(times):.0f} ms; all together {sum(times) / 1e3:.1f} s"
 
 
 def main() -> None:
@@ -109,19 +122,23 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--zoo", type=Path)
-    parser.add_argument("--only", default="*")
+    parser.add_argument("--only", nargs="+", default=["*"])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
     print(f"CPU time in ms, medians of {options.repeats}, {options.threads} thread(s)")
     print(f"{'model':<34} {'recorder':>9} {'symbolic_trace':>16} {'transform':>10} {'ratio':>6}")
+    found = []
     for name, make in cases(options.zoo, options.only):
         try:
             model, args, kwargs = make()
         except Exception as error:
             print(f"{name:<34} cannot be made: {type(error).__name__}: {error}")
             continue
-        print(f"{name:<34} {row(model, args, kwargs, options.repeats)}", flush=True)
+        cells, told = row(model.eval(), args, kwargs, options.repeats)
+        found += [told] if told is not None else []
+        print(f"{name:<34} {cells}", flush=True)
+    print(summary(found))
 
 
 if __name__ == "__main__":

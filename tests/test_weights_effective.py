@@ -500,6 +500,19 @@ def test_functional_calls_read_the_masks(case: WeightCase) -> None:
     assert all(bool(torch.isfinite(gradient).all()) for gradient in found.values())
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_an_old_spectral_norm_without_alive_entries_is_not_folded(inplace: bool) -> None:
+    model = nn.Sequential(nn.utils.spectral_norm(nn.Linear(4, 3)), nn.ReLU(), nn.Linear(3, 2))
+    sparse = transform(model, (torch.randn(5, 4),), sparsity=0.5)
+    alive = masks(sparse)["0.weight_orig"].clone()
+    set_masks(sparse, {"0.weight_orig": torch.zeros_like(alive)})
+    with pytest.raises(PassError, match=r"fold_masks: `0.weight_orig` has no alive entry.*divide 0 by 0"):
+        finalize(sparse, inplace=inplace)
+    set_masks(sparse, {"0.weight_orig": torch.eye(3, 4, dtype=torch.bool)})
+    if not inplace:
+        assert set(masks(sparse)) == {"0.weight_orig", "2.weight"} and not any(masks(finalize(sparse)))
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_a_spectral_norm_without_alive_entries_stays_zero_when_it_is_folded(training: bool) -> None:
     model = nn.Sequential(P.spectral_norm(nn.Linear(4, 3)), nn.ReLU(), nn.Linear(3, 2))

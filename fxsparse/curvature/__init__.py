@@ -1,7 +1,7 @@
 """Curvature: Fisher information collected at the operators, and what is made of it."""
 
 from fxsparse.curvature.collector import FisherCollector as FisherCollector
-from fxsparse.curvature.collector import GroupInfo as GroupInfo
+from fxsparse.curvature.collector_options import GroupInfo as GroupInfo
 from fxsparse.curvature.compensate import Compensation as Compensation
 from fxsparse.curvature.compensate import CompensationReport as CompensationReport
 from fxsparse.curvature.compensate import compensate as compensate

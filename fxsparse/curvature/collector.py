@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,8 @@ from torch import Tensor, nn
 
 from fxsparse.curvature.collector_engine import Collected, Engine, Recipe, check_recipe
 from fxsparse.curvature.collector_moments import Moments
+from fxsparse.curvature.collector_options import GroupInfo, check_one_of, chosen_parameters
+from fxsparse.curvature.collector_sharded import Gathered
 from fxsparse.curvature.collector_tasks import TaskState
 from fxsparse.curvature.fisher_batch import read_batch
 from fxsparse.curvature.fisher_scope import check_batch_norms, collecting_scope
@@ -25,33 +26,12 @@ from fxsparse.curvature.losses import MSE, BCEWithLogits, CallableLoss, as_loss
 from fxsparse.curvature.operator_data import one_output
 from fxsparse.curvature.storage import Storage
 from fxsparse.errors import ConfigError, DataError
-from fxsparse.training.distributed import check_not_sharded, unwrap
+from fxsparse.training.distributed import unwrap
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
 DEFAULT_TASK = "default"
-
-
-@dataclass(frozen=True, eq=False)
-class GroupInfo:
-    """What belongs to a key.
-
-    Attributes:
-        members: n_g, the number of entries of each group (float64, the shape of the values).
-        axis: along which axis groups are slices; None for single entries, "leading" for an index over several axes.
-        shape: of the parameter.
-        aliases: all names of the parameter.
-        units: M, the units seen.
-        slow: why the parameter is collected without taps; "" where it has them.
-    """
-
-    members: Tensor
-    axis: int | str | None
-    shape: tuple[int, ...]
-    aliases: tuple[str, ...]
-    units: float
-    slow: str
 
 
 class FisherCollector:
@@ -115,11 +95,11 @@ class FisherCollector:
         output: Callable[[Any], Tensor] = one_output,
     ) -> None:
         self.model = unwrap(model)
-        check_not_sharded(self.model)
-        _check_one_of("unit", unit, ("sample", "token"))
-        _check_one_of("accumulate", accumulate, ("mean", "ema"))
-        _check_one_of("support", support, ("mask", "dense"))
-        _check_one_of("absent", absent, ("skip", "zero"))
+        self._gathered = Gathered.of(self.model)
+        check_one_of("unit", unit, ("sample", "token"))
+        check_one_of("accumulate", accumulate, ("mean", "ema"))
+        check_one_of("support", support, ("mask", "dense"))
+        check_one_of("absent", absent, ("skip", "zero"))
         if not 0 <= beta < 1:
             raise ConfigError(f"`beta` (={beta}) must lie in [0, 1)")
         check_groups(groups)
@@ -140,10 +120,11 @@ class FisherCollector:
         keep = variance and accumulate == "mean"
         recipe = Recipe(own, self.kind, unit == "token", token_method, samples, support == "dense", keep, chunk)
         check_recipe(recipe)
-        chosen = _chosen(self.model, parameters)
-        check_parameters(chosen)
-        self._aliases = aliases_of(self.model)
-        self._engine = Engine(self.model, chosen, output, groups, heads, recipe)
+        with self._gathered.stand_ins():
+            chosen = chosen_parameters(self.model, parameters)
+            check_parameters(chosen)
+            self._aliases = aliases_of(self.model)
+            self._engine = Engine(self.model, chosen, output, groups, heads, recipe)
         self._device = next(iter(chosen.values())).device
         self._generator = torch.Generator(self._device).manual_seed(0) if generator is None else generator
         self._tasks: dict[str, TaskState] = {}
@@ -372,7 +353,7 @@ class FisherCollector:
     def _collect(self, batch: Any, task: str) -> Collected:
         read = read_batch(batch, self._device)
         check_batch_norms(self.model, self.bn)
-        with collecting_scope(self.model):
+        with self._gathered.whole(), collecting_scope(self.model):
             return self._engine.collect(read, self._generator)
 
     def _settings(self) -> dict[str, str]:
@@ -394,7 +375,8 @@ class FisherCollector:
         return self._tasks[task]
 
     def _grouping(self, entry: Entry) -> Grouping:
-        return self._engine.grouping(entry)
+        with self._gathered.stand_ins():
+            return self._engine.grouping(entry)
 
     def _shaped(self, entry: Entry, values: Tensor) -> Tensor:
         return values.reshape(self._grouping(entry).output_shape).clone()
@@ -407,26 +389,3 @@ class FisherCollector:
         if not self._engine.recipe.separate:
             raise ConfigError("variances are kept by `variance` (=True) with `accumulate` (='mean') only")
         return {str(Key(task, *entry)): self._shaped(entry, rule(each)) for entry, each in state.moments.items()}
-
-
-def _chosen(model: nn.Module, wanted: Collection[str] | None) -> dict[str, nn.Parameter]:
-    named = dict(model.named_parameters())
-    if wanted is None:
-        found = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
-    else:
-        first = {alias: names[0] for names in aliases_of(model).values() for alias in names}
-        unknown = [name for name in wanted if name not in first]
-        if unknown:
-            raise ConfigError(f"`parameters` (={unknown[0]!r}) is no parameter of the model")
-        found = {first[name]: named[first[name]] for name in wanted}
-    floating = {name: parameter for name, parameter in found.items() if parameter.is_floating_point()}
-    if not floating:
-        raise ConfigError(
-            "the model has no floating-point parameter that requires gradients: name them in `parameters`"
-        )
-    return floating
-
-
-def _check_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ConfigError(f"`{name}` (={value!r}) must be one of {', '.join(map(repr, known))}")

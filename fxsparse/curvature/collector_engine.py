@@ -17,10 +17,11 @@ from fxsparse.curvature.fisher_types import FisherType, UncoveredParameter
 from fxsparse.curvature.groups import Grouping
 from fxsparse.curvature.groups_types import GroupRule, Heads, groupings_of
 from fxsparse.curvature.losses import OutputLoss
-from fxsparse.curvature.taps import Part, TapPass, Taps, Unstable
+from fxsparse.curvature.taps import Taps, Unstable
 from fxsparse.curvature.taps_fallback import PerSample
 from fxsparse.curvature.taps_formulas import LinearWeight, Summed
 from fxsparse.curvature.taps_mode import site_of
+from fxsparse.curvature.taps_pass import Part, TapPass
 from fxsparse.errors import ConfigError
 from fxsparse.nn import masked_weights
 
@@ -290,6 +291,7 @@ class Engine:
                 for first, _, found in slow.chunks(piece, [cotangent]):
                     for name, g in found[0].items():
                         squares.per_sample(name, g, weight, first)
+        squares.close()
 
     def _close_last(self, made: TapPass, y: Any, valid: Tensor, squares: Squares) -> bool:
         """The last linear layer in closed form, H_oo |a|^2; whether nothing else is left to do."""

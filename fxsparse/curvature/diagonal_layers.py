@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -13,39 +12,9 @@ from fxsparse.curvature.fisher_squares import Squares
 from fxsparse.curvature.groups import ELEMENT, element
 from fxsparse.curvature.operator_data import Batch
 from fxsparse.curvature.operator_engine import Engine, Tensors, positional
-from fxsparse.curvature.taps import Part, TapPass, Taps, Unstable
-from fxsparse.curvature.taps_formulas import LinearWeight, Summed
-from fxsparse.curvature.taps_mode import Operand
+from fxsparse.curvature.taps import Taps, Unstable
+from fxsparse.curvature.taps_pass import TapPass
 from fxsparse.nn import Route, masked_weights
-
-
-@dataclass(eq=False)
-class _ColumnSquares(Squares):
-    """Squares of many columns: layers without positions need one product for all of them.
-
-    There (D_k^2)^T X^2 is linear in the squares of the output gradients, which are added up first.
-    """
-
-    held: dict[str, tuple[Part, Tensor]] = field(default_factory=dict)
-
-    def single(self, made: TapPass, name: str, part: Part, weight: float) -> None:
-        """Keep what can be added up; the rest goes its way."""
-        formula, shape = part.operand.formula, part.delta.shape
-        plain = isinstance(formula, LinearWeight) or (isinstance(formula, Summed) and formula.shape == shape[1:])
-        if not plain or part.layout.axis != 0 or len(shape) != 2 or shape[0] != made.samples:
-            super().single(made, name, part, weight)
-            return
-        before = self.held.get(name)
-        squares = part.delta.square()
-        self.held[name] = part, squares if before is None else before[1] + squares
-
-    def close(self, made: TapPass) -> None:
-        """Add what was kept."""
-        for name, (part, squares) in self.held.items():
-            formula = part.operand.formula.expanded()
-            assert formula is not None
-            whole = Part(Operand(part.operand.source, formula), part.site, part.layout, squares.sqrt())
-            super().single(made, name, whole, 1.0)
 
 
 class LayerSquares:
@@ -95,11 +64,11 @@ class LayerSquares:
         shapes = self.engine.space.shapes
         covered = frozenset(name for name in shapes if name not in self._taps.refused)
         groupings = {name: (element(tuple(shape)),) for name, shape in shapes.items() if name in covered}
-        squares = _ColumnSquares(made.samples, groupings, {}, dense=bool(self.engine.space.opened), separate=False)
+        squares = Squares(made.samples, groupings, {}, dense=bool(self.engine.space.opened), separate=False)
         with collecting_scope(self.engine.model):
             for number, column in enumerate(columns):
                 squares.backward(made, column, 1.0, keep=number + 1 < len(columns))
-            squares.close(made)
+            squares.close()
         for name in covered:
             found = squares.values.get((name, ELEMENT))
             if found is not None:

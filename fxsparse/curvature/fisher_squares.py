@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fxsparse.curvature.fisher_types import UncoveredParameter
 from fxsparse.curvature.groups import Grouping
-from fxsparse.curvature.taps import Part, TapPass
 from fxsparse.curvature.taps_formulas import EmbeddingWeight, LinearWeight, Summed
+from fxsparse.curvature.taps_pass import Part, TapPass
 
 Entry = tuple[str, str]
 """(parameter, group type)."""
@@ -38,6 +38,7 @@ class Squares:
     dense: bool
     separate: bool
     values: dict[Entry, Tensor] = field(default_factory=dict)
+    _held: dict[str, tuple[Part, Tensor]] = field(default_factory=dict)
 
     @torch.no_grad()
     def backward(self, made: TapPass, cotangent: Tensor, weight: float, keep: bool, expand: bool = False) -> None:
@@ -98,6 +99,13 @@ class Squares:
 
     def single(self, made: TapPass, name: str, part: Part, weight: float) -> None:
         """A parameter that is read once, as it is: the cheapest form of each grouping."""
+        if self._is_linear_in_squares(name, part):
+            squares = part.delta.square()
+            if weight != 1.0:
+                squares.mul_(weight)
+            before = self._held.get(name)
+            self._held[name] = part, squares if before is None else before[1].add_(squares)
+            return
         mask = None if self.dense else self.masks.get(name, part.operand.source.mask)
         formula, arguments = part.operand.formula, (part.delta, part.layout, made.samples)
         rest = []
@@ -120,6 +128,31 @@ class Squares:
                 self.add(name, grouping, u, weight)
         if rest:
             self._by_gradients(made, name, [part], weight, tuple(rest), mask)
+
+    def _is_linear_in_squares(self, name: str, part: Part) -> bool:
+        """Whether (D_k^2)^T X^2 of all backward passes k is one product: single entries of layers without positions."""
+        formula, shape = part.operand.formula, part.delta.shape
+        if self.separate or len(shape) != 2 or shape[0] != self.samples or part.layout.axis != 0:
+            return False
+        known = isinstance(formula, LinearWeight) or (isinstance(formula, Summed) and formula.shape == shape[1:])
+        return known and not formula.expand and all(each.is_element for each in self.groupings[name])  # type: ignore[attr-defined]  # of both
+
+    def close(self) -> None:
+        """Add what was kept of all backward passes of a forward pass."""
+        held, self._held = self._held, {}
+        for name, (part, squares) in held.items():
+            formula = part.operand.formula
+            mask = None if self.dense else self.masks.get(name, part.operand.source.mask)
+            if isinstance(formula, LinearWeight):
+                x = part.layout.rows(formula.x, self.samples)[:, 0].square()
+                u = x.T @ squares if formula.transposed else squares.T @ x
+            else:
+                assert isinstance(formula, Summed)
+                factor = None if formula.factor is None else formula.factor().square_()
+                u = (squares if factor is None else squares * factor).sum(0)
+            u = u if mask is None else u * mask
+            for grouping in self.groupings[name]:
+                self.add(name, grouping, u.reshape(1, -1), 1.0)
 
     def _gathered(self, made: TapPass, name: str, parts: list[Part], weight: float) -> None:
         mask = None if self.dense else self.masks.get(name)

@@ -144,22 +144,22 @@ class CurvatureOperator:
         kept = self.space.project(columns.detach().to(self._like))
         tangents = self.space.split(kept)
         sums: Tensor | None = None
-        units = 0
+        units, assumed = 0, self._units or 1
         with curvature_scope(self.model):
             for batch in self._pieces():
-                found, count = self._batch_product(batch, tangents)
+                found, count = self._batch_product(batch, tangents, assumed)
                 units += count
                 sums = found if sums is None else sums.add_(found)
         self._units = self._counted(units)
         assert sums is not None
-        found = self.space.project(sums.div_(self._units))
+        found = self.space.project(sums if units == assumed else sums.mul_(assumed / units))
         return found.add_(kept, alpha=self.damping) if self.damping else found
 
     def quadform(self, v: Any) -> float:
         """v^T G v = (1/M) sum (J v)^T B (J v): no backward pass, except for the Hessian."""
         flat = self.space.flat(v) if isinstance(v, Mapping) else torch.as_tensor(v).reshape(-1)
         flat = self.space.project(flat.to(self._like))
-        damped = self.damping * float(flat.double().square().sum())
+        damped = self.damping * float(flat.double().square().sum()) if self.damping else 0.0
         if self.kind is Curvature.HESSIAN:
             return float(flat.double() @ self.mv(flat).double())
         tangents = self.space.split(flat[:, None])
@@ -349,16 +349,17 @@ class CurvatureOperator:
             raise DataError("`data` (=no valid unit) must have at least one label that counts")
         return units
 
-    def _batch_product(self, batch: Batch, tangents: Tensors) -> tuple[Shaped[Tensor, "P k"], int]:
+    def _batch_product(self, batch: Batch, tangents: Tensors, divisor: int) -> tuple[Shaped[Tensor, "P k"], int]:
+        """The products over a batch, divided at the outputs, where there are few numbers; and its units."""
         counts: list[int] = []
 
         def bend(z: Tensor, along: Tensor) -> Tensor:
             counts[:] = [self.curvature.units(z, batch)]
-            return self.curvature.bend(z, along, batch)
+            return self.curvature.bend(z, along, batch) / divisor
 
         if self.kind is Curvature.HESSIAN:
             counts = [self.curvature.units(self.engine.outputs(batch), batch)]
-            found = self.engine.second(batch, tangents, lambda z: self.curvature.total(z, batch))
+            found = self.engine.second(batch, tangents, lambda z: self.curvature.total(z, batch) / divisor)
         else:
             found = self.engine.product(batch, tangents, bend)
         return torch.cat([found[name].flatten(1).mT for name in self.space.names]), counts[0]

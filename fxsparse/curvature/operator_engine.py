@@ -20,6 +20,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from fxsparse.curvature.operator_data import Batch, Output, one_output
+from fxsparse.curvature.operator_rules import CheapRules
 from fxsparse.curvature.operator_space import ParameterSpace
 from fxsparse.errors import CaptureError, FxSparseError
 from fxsparse.nn import masked_weights
@@ -212,7 +213,8 @@ class Engine:
                 return found
 
             # The reverse pass waits until the tangents are gone: inside, they would be differentiated too.
-            z, along = jvp(primal, (self.point,), (only,))
+            with CheapRules():
+                z, along = jvp(primal, (self.point,), (only,))
             (found,) = pulls[0](bend(z, along))
             return {name: each[None] for name, each in found.items()}
         if not self._vmap_columns:
@@ -237,7 +239,8 @@ class Engine:
         point = self.point
         if len(next(iter(tangents.values()))) == 1:
             only = {name: tangent[0].clone() for name, tangent in tangents.items()}  # views would be copied, slowly
-            z, along = jvp(lambda r: self.forward(r, batch.inputs), (point,), (only,))
+            with CheapRules():
+                z, along = jvp(lambda r: self.forward(r, batch.inputs), (point,), (only,))
             return z, along[None]
         pushed: tuple[Tensor, Tensor] = vmap(
             lambda v: jvp(lambda r: self.forward(r, batch.inputs), (point,), (v,)), out_dims=(None, 0)

@@ -1,4 +1,4 @@
-"""One tapped forward pass and its backward passes, and how they are made sure of.
+"""The taps of a model, and how they are made sure of.
 
 The first batch is examined on a few samples: where the samples lie at each site, and whether the per-sample gradients
 that come out equal those of autograd. A parameter of which that cannot be shown goes the slow way
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +20,8 @@ from fxsparse.curvature.groups_types import Reading
 from fxsparse.curvature.taps_call import call_with
 from fxsparse.curvature.taps_formulas import ConvWeight, EmbeddingWeight, LinearWeight
 from fxsparse.curvature.taps_layout import Layout, candidates, consistent
-from fxsparse.curvature.taps_mode import Operand, Site, TapMode
+from fxsparse.curvature.taps_mode import Site, TapMode
+from fxsparse.curvature.taps_pass import Part, TapPass
 from fxsparse.curvature.taps_rules import RULES
 from fxsparse.errors import DataError
 from fxsparse.graph.inputs import tensors_of
@@ -35,115 +35,6 @@ Output = Callable[[Any], Tensor]
 
 class Unstable(Exception):
     """The model took another path than on the samples that were examined."""
-
-
-@dataclass(eq=False)
-class Part:
-    """One operand of one site with the gradient that has arrived there."""
-
-    operand: Operand
-    site: Site
-    layout: Layout
-    delta: Tensor
-
-
-@dataclass(eq=False)
-class TapPass:
-    """A forward pass.
-
-    Attributes:
-        mode: the mode under which it ran.
-        z: the outputs.
-        samples: N.
-        single: the parameters that are read once, as they are; their parts are handed on as soon as they arrive.
-        masked: see `carried`.
-    """
-
-    mode: TapMode
-    z: Tensor
-    samples: int
-    layouts: Mapping[int, Layout | None]
-    single: frozenset[str] = frozenset()
-    closed: frozenset[int] = frozenset()
-    _pending: list[Part] = field(default_factory=list)
-    _hand: Callable[[str, Part], None] | None = None
-
-    def parts(self, cotangent: Tensor, hand: Callable[[str, Part], None], keep: bool) -> dict[str, list[Part]]:
-        """Back-propagate a cotangent of z.
-
-        Args:
-            cotangent: like z.
-            hand: gets the parts of parameters in `single`.
-            keep: whether another backward pass follows.
-
-        Returns:
-            The parts of all other parameters.
-        """
-        self._pending, self._hand = [], hand
-        if self.z.requires_grad:
-            leaves = self.mode.leaves
-            found = torch.autograd.grad(self.z, leaves, cotangent, retain_graph=keep, allow_unused=True)
-            given = {id(leaf): gradient for leaf, gradient in zip(leaves, found, strict=True)}
-            for site in self.mode.sites:
-                if site.leaf is not None and given[id(site.leaf)] is not None:
-                    self.receive(site, given[id(site.leaf)])
-        pending, self._pending, self._hand = self._pending, [], None
-        parts: dict[str, list[Part]] = {}
-        for part in pending:
-            for name in part.operand.source.names:
-                parts.setdefault(name, []).append(part)
-        return parts
-
-    @torch.no_grad()
-    def receive(self, site: Site, delta: Tensor | None) -> None:
-        """What a site's tap calls."""
-        layout = self.layouts.get(site.number)
-        if self._hand is None or delta is None or layout is None or site.number in self.closed:
-            return
-        site.check_saved()
-        for operand in site.operands:
-            part = Part(operand, site, layout, delta.detach())
-            if operand.source.direct in self.single:
-                assert operand.source.direct is not None
-                self._hand(operand.source.direct, part)
-            else:
-                self._pending.append(part)
-
-    def per_sample(self, name: str, parts: list[Part], first: int, last: int, dense: bool = False) -> Tensor:
-        """The gradients of one parameter of the samples `first`..`last`, summed over its uses: [last - first, *shape].
-
-        Args:
-            name: the parameter.
-            parts: all of its parts of one backward pass.
-            first: first sample.
-            last: one behind the last sample.
-            dense: whether a mask between the parameter and its reader is overlooked.
-        """
-        alias = self.mode.aliases[name]
-        total: Tensor | None = None
-        for part in parts:
-            g = part.operand.formula.per_sample(part.delta, part.layout, self.samples, first, last)
-            source = part.operand.source
-            if source.direct is None:
-                g = pulled_back(source.tensor, alias, g)
-            elif source.mask is not None and not dense:
-                g = g * source.mask
-            total = g if total is None else total + g
-        assert total is not None
-        return total
-
-
-def pulled_back(value: Tensor, alias: Tensor, cotangents: Tensor) -> Tensor:
-    """Cotangents [n, *value.shape] of an expression carried back to a parameter: [n, *alias.shape]."""
-    with torch.enable_grad():
-        try:
-            (found,) = torch.autograd.grad(
-                value, alias, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=True
-            )
-        except RuntimeError:  # an operator of the expression has no batched derivative
-            each = [torch.autograd.grad(value, alias, c, retain_graph=True, allow_unused=True)[0] for c in cotangents]
-            found = None if each[0] is None else torch.stack(each)
-    return cotangents.new_zeros((len(cotangents), *alias.shape)) if found is None else found.detach()
 
 
 class Taps:
@@ -240,13 +131,13 @@ class Taps:
                 for operand in site.operands:
                     reason = f"the samples lie along no axis at `{site.what}`"
                     self.refused.update(dict.fromkeys(operand.source.names, reason))
-        parts = made.parts(cotangent, lambda name, part: None, keep=False)
-        self._compare(made, parts, references)
+        self._compare(made, cotangent, references)
         self.readings = _readings(made.mode.sites, self.parameters)
 
     def _references(self, few: FisherBatch, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Per-sample gradients by autograd alone, sketched, of random cotangents; the outputs and the cotangents."""
         leaves = {name: p.detach().requires_grad_(True) for name, p in self.parameters.items()}
+        references = {name: sketches_like(leaf, few.samples) for name, leaf in leaves.items()}
         args, kwargs = few.fresh()
         z = self.output(call_with(self.model, leaves, args, kwargs))
         if not z.ndim or z.shape[0] != few.samples:
@@ -255,19 +146,15 @@ class Taps:
                 "takes them out of what the model returns"
             )
         cotangent = torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z)
-        found: dict[str, list[Tensor]] = {name: [] for name in leaves}
         for n in range(few.samples):
-            current: dict[str, Tensor] = {}
-            handles = [_sketch_on_arrival(leaf, name, current) for name, leaf in leaves.items()]
+            handles = [_sketch_on_arrival(leaf, references[name][n]) for name, leaf in leaves.items()]
             try:
                 if z.requires_grad:
                     torch.autograd.backward(z[n], cotangent[n], retain_graph=True, inputs=list(leaves.values()))
             finally:
                 for handle in handles:
                     handle.remove()
-            for name, leaf in leaves.items():
-                found[name].append(current[name] if name in current else sketched(torch.zeros_like(leaf.detach())))
-        return {name: torch.stack(each) for name, each in found.items()}, z.detach(), cotangent
+        return references, z.detach(), cotangent
 
     @torch.no_grad()
     def _check_uncoupled(self, few: FisherBatch, z: Tensor) -> None:
@@ -284,37 +171,48 @@ class Taps:
             )
 
     def _find_layouts(self, few: FisherBatch, cotangent: Tensor) -> dict[int, Layout | None]:
-        arrived: dict[int, list[Tensor | None]] = {}
+        """The first layout of each site in which nothing of one sample lies at another; gradients are not kept."""
         made = self._run(few, None)
-        sites = made.mode.sites
-        leaves = made.mode.leaves
+        sites, leaves = made.mode.sites, made.mode.leaves
+        left = {site.number: _layouts(site, few.samples) for site in sites}
+        current = 0
+
+        def arrived(site: Site, delta: Tensor | None) -> None:
+            if delta is not None:
+                support = delta != 0
+                left[site.number] = [y for y in left[site.number] if consistent(y, support, few.samples, current)]
+
+        made.receive = arrived  # type: ignore[method-assign]  # only for this pass
         for n in range(few.samples):
-            current: dict[int, Tensor] = {}
-            made.receive = lambda site, delta: current.__setitem__(site.number, delta)  # type: ignore[method-assign, assignment]  # noqa: B023, E501  (only for this pass)
+            current = n
             alone = torch.zeros_like(cotangent)
             alone[n] = cotangent[n]
             if made.z.requires_grad:
                 found = torch.autograd.grad(made.z, leaves, alone, retain_graph=True, allow_unused=True)
                 given = {id(leaf): gradient for leaf, gradient in zip(leaves, found, strict=True)}
                 for site in sites:
-                    if site.leaf is not None and given[id(site.leaf)] is not None:
-                        current[site.number] = given[id(site.leaf)]
-            for site in sites:
-                arrived.setdefault(site.number, []).append(current.get(site.number))
-        return {site.number: _layout(site, arrived[site.number], few.samples) for site in sites}
+                    if site.leaf is not None:
+                        arrived(site, given[id(site.leaf)])
+        return {number: found[0] if found else None for number, found in left.items()}
 
-    def _compare(self, made: TapPass, parts: dict[str, list[Part]], references: dict[str, Tensor]) -> None:
+    def _compare(self, made: TapPass, cotangent: Tensor, references: dict[str, Tensor]) -> None:
+        """Refuse the parameters whose per-sample gradients are not autograd's."""
+        mine = {name: torch.zeros_like(reference) for name, reference in references.items()}
+
+        def take(name: str, parts: list[Part]) -> None:
+            for n, row in enumerate(mine[name]):
+                row.copy_(sketched(made.per_sample(name, parts, n, n + 1)[0]))
+
+        made.single = self._single(made.mode)
+        for name, parts in made.parts(cotangent, lambda name, part: take(name, [part]), keep=False).items():
+            take(name, parts)
         total = torch.stack([r.double().norm() for r in references.values()]).norm() if references else 0.0
         for name, reference in references.items():
             if name in self.refused:
                 continue
             eps = torch.finfo(reference.dtype).eps
-            mine = torch.zeros_like(reference)
-            if name in parts:
-                each = [sketched(made.per_sample(name, parts[name], n, n + 1)[0]) for n in range(made.samples)]
-                mine = torch.stack(each).to(reference)
             floor = 1e-3 * float(total) if eps > 1e-10 else 1e-6 * float(total)
-            difference = float((mine - reference).double().norm())
+            difference = float((mine[name] - reference).double().norm())
             if not difference <= eps**0.6 * (float(reference.double().norm()) + floor):
                 self.refused[name] = "the taps miss some of its uses, which do not go through torch's operators"
 
@@ -331,25 +229,27 @@ def sketched(g: Tensor) -> Tensor:
     return result
 
 
-def _sketch_on_arrival(leaf: Tensor, name: str, into: dict[str, Tensor]) -> Any:
+def sketches_like(parameter: Tensor, samples: int) -> Tensor:
+    """Zeros for the sketches of so many gradients."""
+    return torch.zeros((samples, min(parameter.numel(), _SKETCH)), dtype=parameter.dtype, device=parameter.device)
+
+
+def _sketch_on_arrival(leaf: Tensor, into: Tensor) -> Any:
     def take(tensor: Tensor) -> None:
         assert tensor.grad is not None
-        into[name] = sketched(tensor.grad)
+        into.copy_(sketched(tensor.grad))
         tensor.grad = None
 
     return leaf.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]  # untyped in torch
 
 
-def _layout(site: Site, gradients: list[Tensor | None], samples: int) -> Layout | None:
+def _layouts(site: Site, samples: int) -> list[Layout]:
+    """Where the samples may lie at all operands of a site."""
     axes = site.operands[0].formula.axes(site.shape)
     for operand in site.operands[1:]:
         other = set(operand.formula.axes(site.shape))
         axes = [axis for axis in axes if axis in other]
-    supports = [torch.zeros(site.shape, dtype=torch.bool) if g is None else (g != 0).cpu() for g in gradients]
-    for layout in candidates(site.shape, axes, samples):
-        if consistent(layout, supports, samples):
-            return layout
-    return None
+    return candidates(site.shape, axes, samples)
 
 
 def _readings(sites: list[Site], parameters: Mapping[str, Tensor]) -> dict[str, Reading]:

@@ -17,6 +17,7 @@ from fxsparse.curvature.taps_conv import ConvSpec, patches, per_sample_weight
 from fxsparse.curvature.taps_layout import Layout
 
 _CHUNK = 1 << 19
+_HALVED = 32  # positions from which halves are large enough for fast products
 _GRAM_FACTOR = 1.0
 
 
@@ -70,14 +71,34 @@ def product_rows(x: Tensor, d: Tensor, mask: Tensor | None) -> Tensor:
         x2, d2 = x[:, 0].square(), d[:, 0].square()
         return d2 * (x2.sum(1, keepdim=True) if mask is None else x2 @ mask.to(x2.dtype).T)
     if mask is None and gram_is_cheaper(t, i, o):
-        kernel = x @ x.transpose(1, 2)
-        return (d * (kernel @ d)).sum(1).clamp_min(0)
+        step = max(1, _CHUNK // (t * max(i, o)))
+        return _joined([gram_rows(x[k : k + step], d[k : k + step]) for k in range(0, n, step)])
     step = max(1, _CHUNK // max(i * o, 1))
     rows = [
         _row_norms(d[first : first + step].transpose(1, 2) @ x[first : first + step], mask)
         for first in range(0, n, step)
     ]
-    return torch.cat(rows) if len(rows) != 1 else rows[0]
+    return _joined(rows)
+
+
+def gram_rows(x: Tensor, d: Tensor) -> Tensor:
+    """d_o^T (X X^T) d_o for each column of D, [n, o]; the two triangles of X X^T are the same, of which one is made."""
+    n, t, _ = x.shape
+    if t % 2 or t < _HALVED:
+        return _quadratic(x, x, d, d).clamp_min(0)
+    halves = x.reshape(2 * n, t // 2, -1), d.reshape(2 * n, t // 2, -1)
+    own = _quadratic(halves[0], halves[0], halves[1], halves[1])
+    (x1, x2), (d1, d2) = (each.view(n, 2, t // 2, -1).unbind(1) for each in halves)
+    return own.view(n, 2, -1).sum(1).add_(_quadratic(x1, x2, d1, d2), alpha=2).clamp_min_(0)
+
+
+def _quadratic(x: Tensor, y: Tensor, d: Tensor, e: Tensor) -> Tensor:
+    """d_o^T X Y^T e_o."""
+    return (d * ((x @ y.transpose(1, 2)) @ e)).sum(1)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) != 1 else parts[0]
 
 
 def _row_norms(g: Tensor, mask: Tensor | None) -> Tensor:

@@ -58,17 +58,15 @@ def candidates(shape: tuple[int, ...], axes: Iterable[int], samples: int) -> lis
     return sorted(found, key=lambda layout: (shape[layout.axis] != samples, layout.axis, layout.order.value))
 
 
-def consistent(layout: Layout, supports: list[Tensor], samples: int) -> bool:
-    """Whether what depends on sample n lies at sample n.
+def consistent(layout: Layout, support: Tensor, samples: int, n: int) -> bool:
+    """Whether what depends on sample n alone lies at sample n.
 
     Args:
         layout: the guess.
-        supports: for each sample, where its gradient is not zero (bool).
+        support: where the gradient of sample n is not zero (bool).
         samples: their number.
+        n: the sample.
     """
-    for n, support in enumerate(supports):
-        by_sample = layout.unfold(support, samples).flatten(1).any(1)
-        by_sample[n] = False
-        if bool(by_sample.any()):
-            return False
-    return True
+    by_sample = layout.unfold(support, samples).flatten(1).any(1)
+    by_sample[n] = False
+    return not bool(by_sample.any())

@@ -17,6 +17,7 @@ from fxsparse.exporters import external, placement
 from fxsparse.exporters.causes import is_structural, mend_of, reason_of
 from fxsparse.exporters.encodings import store_once
 from fxsparse.exporters.external import LIMIT
+from fxsparse.exporters.file_wire import hollow, write_model
 from fxsparse.exporters.inputs import Inputs
 from fxsparse.exporters.legacy import trace_program
 from fxsparse.exporters.prepare import Subject
@@ -92,6 +93,18 @@ class _Way:
     exporter: Exporter
     plain: bool
     free: Free
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A file: that of its weights, its operator set, its bytes without and with metadata, and what was found."""
+
+    data: Path | None
+    opset: int
+    sizes: tuple[int, int]
+    places: list[placement.Placement]
+    unused: set[str]
+    notes: tuple[str, ...]
 
 
 class Search:
@@ -183,24 +196,8 @@ class Search:
     def _try(self, way: _Way) -> Exported:
         inputs = self._inputs(way)
         model, switched, explicit = self._switched() if way.plain else (self.subject.folded, (), False)
-        program = self._program(way, model, inputs, explicit)
-        unused = _check_entered(program, self.subject, model, way.exporter)
-        notes: list[str] = []
-        try:
-            with quiet():
-                program.optimize()
-        except Exception as error:  # whatever onnxscript meets; it leaves the graph half done
-            program = self._program(way, model, inputs, explicit)
-            notes.append(
-                f"the graph has more nodes than it needs: onnxscript's optimiser stopped ({reason_of(error, model)})"
-            )
-        store_once(program.model)
-        arrays = {name: value.const_value.numpy() for name, value in program.model.graph.initializers.items()}
-        folded = dict(model.named_parameters(remove_duplicate=False))
-        places = placement.locate(self.subject.weights, folded, arrays)
-        del arrays, folded
-        data, opset, sizes = self._write(program, places, inputs)
-        del program
+        written = self._made(way, model, inputs, explicit)
+        notes = list(written.notes)
         gc.collect()
         session = open_session(self.file)
         parity = None
@@ -214,21 +211,45 @@ class Search:
         if way.free is Free.BATCH:
             left = ", ".join(f"`{name}`" for name in self.subject.inputs.free)
             notes.append(f"axis {left} is fixed: {next(iter(self._failures.values()))}")
-        notes += _unlocated(self.subject, places, unused)
+        notes += _unlocated(self.subject, written.places, written.unused)
         switches = self.subject.switches + switched
         return Exported(
             exporter=way.exporter,
             switches=switches,
             inputs=inputs,
-            opset=opset,
-            bytes=sizes[1],
-            dense_bytes=sizes[0],
-            places=places,
+            opset=written.opset,
+            bytes=written.sizes[1],
+            dense_bytes=written.sizes[0],
+            places=written.places,
             parity=parity,
             notes=tuple(notes),
             file=self.file,
-            data=data,
+            data=written.data,
         )
+
+    def _made(self, way: _Way, model: nn.Module, inputs: Inputs, explicit: bool) -> _Written:
+        """Export the model and write the file."""
+        program = self._program(way, model, inputs, explicit)
+        try:
+            unused = _check_entered(program, self.subject, model, way.exporter)
+            notes: tuple[str, ...] = ()
+            try:
+                with quiet():
+                    program.optimize()
+            except Exception as error:  # whatever onnxscript meets; it leaves the graph half done
+                said = f"onnxscript's optimiser stopped ({reason_of(error, model)})"
+                notes = (f"the graph has more nodes than it needs: {said}",)
+                _empty(program.model)
+                program = self._program(way, model, inputs, explicit)
+            store_once(program.model)
+            arrays = {name: value.const_value.numpy() for name, value in program.model.graph.initializers.items()}
+            folded = dict(model.named_parameters(remove_duplicate=False))
+            places = placement.locate(self.subject.weights, folded, arrays)
+            del arrays
+            data, opset, sizes = self._write(program, places, inputs)
+            return _Written(data, opset, sizes, places, unused, notes)
+        finally:
+            _empty(program.model)
 
     def _write(
         self, program: Any, places: list[placement.Placement], inputs: Inputs
@@ -237,14 +258,22 @@ class Search:
         data = None
         if self.settings.external or (self.settings.external is None and external.bytes_of(program.model) > LIMIT):
             data = external.move_out(program.model, self.file.parent, self.file.name)
-        proto = program.model_proto
+        model = program.model
+        proto = hollow(model) if data is None else program.model_proto
         outside = data.stat().st_size if data is not None else 0
         tidy(proto, inputs)
-        placement.check_file(proto, places, self.subject.weights, self.file.parent)
-        bare = proto.ByteSize()
+        values = {} if data is not None else {name: v.const_value for name, v in model.graph.initializers.items()}
+        placement.check_file(proto, places, self.subject.weights, self.file.parent, values)
+        opset, bare = _opset_of(proto), proto.ByteSize()
         self.settings.annotate(proto, places, inputs)
-        written = self.file.write_bytes(proto.SerializeToString(deterministic=True))
-        return data, _opset_of(proto), (bare + outside, written + outside)
+        noted = proto.ByteSize() - bare
+        with self.file.open("wb") as file:
+            if data is None:
+                write_model(model, proto, file)
+            else:
+                file.write(proto.SerializeToString(deterministic=True))
+            written = file.tell()
+        return data, opset, (written - noted + outside, written + outside)
 
     def _program(self, way: _Way, model: nn.Module, inputs: Inputs, explicit: bool) -> Any:
         export = export_program if way.exporter is Exporter.EXPORT else trace_program
@@ -262,6 +291,13 @@ class Search:
             return first
         said = legacy[0].removeprefix("torch cannot export this model to ONNX ")
         return f"{first}. The legacy exporter does not help: {said[:300]}"
+
+
+def _empty(model: Any) -> None:
+    """Let the weights of an `onnx_ir.Model` go: onnxscript's rules hold the last graph that they have seen."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            value.const_value = None
 
 
 def _opset_of(proto: Any) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from fxsparse.exporters.file_graph import Array, add_constant, fixed, is_outer, remove_unused, sizes, title
+from fxsparse.exporters.file_tables import Table, counts, uneven
 from fxsparse.graph.channels_atoms import FIXED, Atoms, Labels
 
 Keep = Callable[[Labels], Array]
@@ -80,11 +81,13 @@ class Removal:
         weights: shapes before and after, by the name of the weight.
         channels: number of channels that went from the graph.
         stops: the operators that hold channels.
+        ragged: whether a convolution's channels were a multiple of 8 and are none any more.
     """
 
     weights: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
     channels: int
     stops: tuple[Stop, ...]
+    ragged: bool = False
 
 
 class Channels:
@@ -98,6 +101,9 @@ class Channels:
         self.graph = model.graph
         self.atoms = Atoms()
         self.tracks: dict[ir.Value, Track] = {}
+        self.tables: dict[ir.Value, Table] = {}  # of values with channels along several axes
+        self.ties: list[tuple[Labels, Labels]] = []  # a head goes exactly when all entries of its row go
+        self.rigid: list[Labels] = []  # no row of these goes as a whole
         self.products: list[Product] = []
         self.stops: list[Stop] = []
         self.edits: list[Edit] = []
@@ -114,13 +120,43 @@ class Channels:
         found = np.full(labels.size, np.nan) if known is None else np.asarray(known, np.float64)
         self.tracks[value] = Track(axis, labels, np.where(np.isfinite(found), found, np.nan))
 
+    def table(self, value: ir.Value | None) -> Table | None:
+        """The channels of a value, along however many axes."""
+        track = self.tracks.get(value) if value is not None else None
+        if track is not None:
+            return Table((track.axis,), track.labels, track.known)
+        return self.tables.get(value) if value is not None else None
+
+    def followed(self) -> list[Track | Table]:
+        """The channels of all values."""
+        return [*self.tracks.values(), *self.tables.values()]
+
+    def tabulate(self, value: ir.Value, table: Table) -> None:
+        """Say which channels a value has along several axes."""
+        table = table.varying()
+        if len(table.axes) == 1 and not table.tiled:
+            self.follow(value, table.axes[0], table.labels, table.known)
+        else:
+            self.tables[value] = table.holding(np.where(np.isfinite(table.known), table.known, np.nan))
+
+    def bind(self, table: Table, axis: int) -> Table:
+        """The entries along an axis go together, so that its size and order stay."""
+        at = table.place(axis)
+        if len(table.axes) == 1:
+            self.hold(table.labels)
+        elif at >= 0:
+            first = np.broadcast_to(table.labels.take([0], axis=at), table.labels.shape)
+            self.atoms.unite(first.reshape(-1), table.labels.reshape(-1))
+        return table
+
     def hold(self, labels: Labels) -> None:
         """These stay."""
-        self.atoms.unite(labels, np.zeros_like(labels))
+        flat = labels.reshape(-1)
+        self.atoms.unite(flat, np.zeros_like(flat))
 
     def freeze(self, node: ir.Node, value: ir.Value | None, reason: str) -> None:
         """An operator needs all channels of a value."""
-        track = self.tracks.get(value) if value is not None else None
+        track = self.table(value)
         held = 0
         if track is not None:
             self.hold(track.labels)
@@ -161,12 +197,16 @@ class Channels:
         self.replace(node, index, made)
 
 
-def remove_channels(model: ir.Model) -> Removal:
+def remove_channels(model: ir.Model, multiple: int = 1) -> Removal:
     """Remove the channels of the main graph that nothing needs; what the graph computes stays.
 
     A channel goes when every product that reads it has no weight for it, or it is a constant that the product's bias
     takes over, and no other operator asks for it. Constants come from rows of zeros and are carried through the
     operators in between. Zero padding does not meet constants other than zero. Inputs are taken to be finite.
+
+    Args:
+        model: changed in place.
+        multiple: the channels of a convolution that are a multiple of this stay one.
     """
     from fxsparse.exporters.file_rules import apply_rule
 
@@ -176,7 +216,7 @@ def remove_channels(model: ir.Model) -> Removal:
             continue
         apply_rule(channels, node)
     _hold_outer(channels)
-    gone = _solve(channels)
+    gone = _solve(channels, multiple)
     if not gone.any():
         return Removal({}, 0, tuple(channels.stops))
     classes = channels.atoms.classes()
@@ -196,14 +236,29 @@ def remove_channels(model: ir.Model) -> Removal:
             found[track.axis] = left
             value.shape = ir.Shape(found)
             removed += track.size - left if value.producer() in makers else 0
+    for value, table in channels.tables.items():
+        found = sizes(value)
+        if found is not None:
+            for axis, size in zip(table.axes, counts(~gone[classes[table.labels]]), strict=True):
+                found[axis] = None if axis in table.tiled else size
+            value.shape = ir.Shape(found)
     remove_unused(model.graph)
-    return Removal(channels.resized, removed, tuple(channels.stops))
+    ragged = any(_ragged(product, gone[classes[product.outputs]], 8) for product in channels.products)
+    return Removal(channels.resized, removed, tuple(channels.stops), ragged)
+
+
+def _ragged(product: Product, gone: Array, multiple: int) -> int:
+    """How many channels of a convolution are to come back so that those that stay are a multiple, as all were."""
+    if product.node.op_type != "Conv" or gone.size % multiple:
+        return 0
+    return int(gone.sum() % multiple)
 
 
 def _hold_outer(channels: Channels) -> None:
     """Outputs of the graph, and what nested graphs read, stay as they are."""
-    for value, track in channels.tracks.items():
-        if value.is_graph_output():
+    for value in (*channels.tracks, *channels.tables):
+        track = channels.table(value)
+        if value.is_graph_output() and track is not None:
             channels.hold(track.labels)
         for node, _ in value.uses():
             if node.graph is not channels.graph:
@@ -214,21 +269,26 @@ def _hold_outer(channels: Channels) -> None:
                 channels.freeze(node, operand, "has nested graphs, which are left as they are")
 
 
-def _solve(channels: Channels) -> Array:
+def _solve(channels: Channels, multiple: int = 1) -> Array:
     """The largest set of classes that can go together, as a bool for every class."""
     classes = channels.atoms.classes()
     gone = np.ones(channels.atoms.count, bool)
     gone[FIXED] = False
-    while _put_back(channels, classes, gone):
+    while _put_back(channels, classes, gone) or _put_back_blocks(channels, classes, gone, multiple):
         pass
     present = np.zeros_like(gone)
-    for track in channels.tracks.values():
-        present[classes[track.labels]] = True
+    for followed in channels.followed():
+        present[classes[followed.labels]] = True
     return gone & present
 
 
 def _put_back(channels: Channels, classes: Labels, gone: Array) -> bool:
-    """Take out of `gone` what is read, then one entry of every axis that would be empty; whether there was any."""
+    """Take out of `gone` what has to stay; whether there was any.
+
+    1. What is read, heads whose rows stay, and an entry of rows whose heads stay.
+    2. When these are all: an entry of every row that is picked by its place, and of every axis that would be empty.
+    3. As many entries in every row of a table.
+    """
     before = int(gone.sum())
     for product in reversed(channels.products):
         inputs, outputs = classes[product.inputs], classes[product.outputs]
@@ -236,10 +296,32 @@ def _put_back(channels: Channels, classes: Labels, gone: Array) -> bool:
         if going.size:
             read = product.reads[~gone[outputs]][:, going].any(axis=0)
             gone[inputs[going[read]]] = False
+    for heads, rows in channels.ties:
+        mine, theirs = classes[heads], classes[rows].reshape(heads.size, -1)
+        there = ~gone[theirs].all(axis=1)
+        gone[theirs[~gone[mine] & ~there, 0]] = False
+        gone[mine[there]] = False
     if int(gone.sum()) < before:
         return True
-    for track in channels.tracks.values():
-        mine = classes[track.labels]
+    for rows in channels.rigid:
+        mine = classes[rows].reshape(rows.shape[0], -1)
+        gone[mine[gone[mine].all(axis=1), 0]] = False
+    for followed in channels.followed():
+        mine = classes[followed.labels]
         if mine.size and gone[mine].all():
             gone[mine.min()] = False
+    for table in channels.tables.values():
+        mine = classes[table.labels]
+        for place in uneven(gone[mine]):
+            gone[mine[place]] = False
+    return int(gone.sum()) < before
+
+
+def _put_back_blocks(channels: Channels, classes: Labels, gone: Array, multiple: int) -> bool:
+    """Take channels out of `gone` so that convolutions keep a multiple of them; whether there were any."""
+    before = int(gone.sum())
+    for product in channels.products if multiple > 1 else ():
+        outputs = classes[product.outputs]
+        for _ in range(_ragged(product, gone[outputs], multiple)):
+            gone[outputs[np.flatnonzero(gone[outputs])[-1]]] = False
     return int(gone.sum()) < before

@@ -93,24 +93,29 @@ def widest(feed: Feed) -> Feed:
     return {name: value.astype(np.float64) if value.dtype.kind == "f" else value for name, value in feed.items()}
 
 
-def differences(a: Runner, b: Runner, feeds: Sequence[Feed]) -> tuple[Difference, bool]:
-    """The worst difference of two models over all runs, and whether no output ever changes.
+def outputs_of(runner: Runner, feeds: Sequence[Feed]) -> list[list[Array]]:
+    """All outputs of all runs."""
+    return [flat(runner.run(None, feed)) for feed in feeds]
+
+
+def differences(outputs: Sequence[Sequence[Array]], runner: Runner, feeds: Sequence[Feed]) -> tuple[Difference, bool]:
+    """The worst difference of a model from given outputs over all runs, and whether no output ever changes.
 
     Raises:
-        ExportError: `b` stops, or gives other shapes or types.
+        ExportError: the model stops, or gives other shapes or types.
     """
-    worst, seen = Difference(), []
-    for feed in feeds:
-        expected = flat(a.run(None, feed))
+    worst = Difference()
+    for expected, feed in zip(outputs, feeds, strict=True):
         try:
-            got = flat(b.run(None, feed))
+            got = flat(runner.run(None, feed))
         except Exception as error:  # onnxruntime's errors share no base class
             shapes = ", ".join(f"{name} {value.shape}" for name, value in feed.items())
             raise ExportError(f"verification failed: it stops on inputs {shapes} ({first_line(error)})") from error
         worst = worst.worse(difference(expected, got))
-        seen.append(expected)
-    first = [output.ravel()[:1] for output in seen[0]]
-    constant = all(bool((out == one).all()) for outs in seen for out, one in zip(outs, first, strict=True) if one.size)
+    first = [output.ravel()[:1] for output in outputs[0]]
+    constant = all(
+        bool((out == one).all()) for outs in outputs for out, one in zip(outs, first, strict=True) if one.size
+    )
     return worst, constant
 
 

@@ -77,7 +77,7 @@ def opset(model: ir.Model) -> int:
 def add_constant(graph: ir.Graph, like: str, array: Array) -> ir.Value:
     """A new initializer whose name starts with `like`."""
     name = fresh_name(graph, like)
-    value = ir.Value(name=name, const_value=ir.Tensor(np.ascontiguousarray(array), name=name))
+    value = ir.Value(name=name, const_value=ir.Tensor(np.require(array, requirements="C"), name=name))
     value.shape = ir.Shape(array.shape)
     value.type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
     graph.register_initializer(value)

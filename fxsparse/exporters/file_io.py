@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import onnx_ir as ir
 
 from fxsparse.errors import ConfigError, ExportError
-from fxsparse.exporters.external import LIMIT, beside, move_out, staging
+from fxsparse.exporters.external import beside, move_out, staging
+from fxsparse.exporters.file_wire import LARGE, forget, hollow, skeleton, write_model
 from fxsparse.exporters.files import replacing
 from fxsparse.exporters.inputs import first_line
 from fxsparse.exporters.runtime import open_session
 
+_IN_MEMORY = 2**26  # bytes of tensors up to which a session gets a message instead of a file
 _TYPE = "fxsparse.type"  # what `onnx_ir` cannot hold, as bytes
 
 
@@ -56,24 +59,32 @@ def read_file(path: str | os.PathLike[str]) -> OnnxFile:
     try:
         if not path.is_file():
             raise ValueError("there is no such file")
-        model = _deserialized(path)
+        model, inside = _deserialized(path)
         if not model.opset_imports or not (model.graph.outputs or len(model.graph)):
             raise ValueError("it has no graph")
     except Exception as error:  # the parser's own error shares no base class with OSError
         raise ExportError(f"`path` (={path}) cannot be read as ONNX ({first_line(error)}): export it again") from error
-    data = {_checked_location(path, tensor) for tensor in _tensors(model) if isinstance(tensor, ir.ExternalTensor)}
+    data = {
+        _checked_location(path, tensor)
+        for tensor in _tensors(model)
+        if isinstance(tensor, ir.ExternalTensor) and tensor.name not in inside
+    }
     return OnnxFile(path, model, tuple(sorted(data)))
 
 
-def _deserialized(path: Path) -> ir.Model:
-    """The content; types that `onnx_ir` lacks (maps, as scikit-learn's classifiers give) are kept aside.
+def _deserialized(path: Path) -> tuple[ir.Model, set[str]]:
+    """The content, and the tensors that are read from the file itself when needed.
+
+    Types that `onnx_ir` lacks (maps, as scikit-learn's classifiers give) are kept aside.
 
     Raises:
         Exception: whatever the parsers meet.
     """
     import onnx
 
-    proto = onnx.load(path, format="protobuf", load_external_data=False)
+    message, inside = skeleton(path) if path.stat().st_size > 2 * LARGE else (path.read_bytes(), set())
+    proto = onnx.load_model_from_string(message)
+    del message
     kept = [value for value in proto.graph.value_info if not _has_map(value.type)]
     if len(kept) < len(proto.graph.value_info):
         del proto.graph.value_info[:]
@@ -87,7 +98,7 @@ def _deserialized(path: Path) -> ir.Model:
     for value in model.graph.outputs:
         if value.name in foreign:
             value.meta[_TYPE] = foreign[value.name]
-    return model
+    return model, inside
 
 
 def _has_map(type_proto: Any) -> bool:
@@ -96,12 +107,11 @@ def _has_map(type_proto: Any) -> bool:
     return kind == "map_type" or (kind in ("sequence_type", "optional_type") and _has_map(inner.elem_type))
 
 
-def _serialized(model: ir.Model) -> bytes:
-    proto = ir.to_proto(model)
+def _restore_types(model: ir.Model, proto: Any) -> None:
+    """Give outputs the types that `onnx_ir` lacks."""
     for value, written in zip(model.graph.outputs, proto.graph.output, strict=True):
         if _TYPE in value.meta:
             written.type.ParseFromString(value.meta[_TYPE])
-    return bytes(proto.SerializeToString(deterministic=True))
 
 
 def _checked_location(path: Path, tensor: ir.ExternalTensor) -> Path:
@@ -146,43 +156,72 @@ def place(model: ir.Model, out: Path, check: Callable[[Path], None], *, external
                 model = model.clone()
                 _take_in(model, main=False)
                 put(move_out(model, folder, out.name))
-            message = _serialized(model)
+                proto = ir.to_proto(model)
+                _restore_types(model, proto)
+                temporary.write_bytes(proto.SerializeToString(deterministic=True))
         else:
-            message = to_bytes(model)
-        temporary.write_bytes(message)
-        del message
+            write_file(model, temporary)
         check(temporary)
+
+
+def write_file(model: ir.Model, path: Path) -> None:
+    """Write a model with all tensors inside.
+
+    Raises:
+        ExportError: its tensors take more than 2 GB.
+    """
+    with path.open("wb") as file:
+        _write(model, file)
 
 
 def to_bytes(model: ir.Model) -> bytes:
     """The message, tensors inside."""
+    file = io.BytesIO()
+    _write(model, file)
+    return file.getvalue()
+
+
+def _write(model: ir.Model, file: BinaryIO) -> None:
     _take_in(model, main=True)
-    return _serialized(model)
+    proto = hollow(model)
+    _restore_types(model, proto)
+    try:
+        write_model(model, proto, file)
+    except ValueError as error:
+        raise ExportError(f"the model cannot be written as one message ({first_line(error)})") from error
 
 
 def _take_in(model: ir.Model, *, main: bool) -> None:
-    """Hold external tensors in memory: those of subgraphs, with `main` those of the main graph as well."""
+    """Hold external tensors in memory: those of subgraphs, with `main` small ones of the main graph as well."""
     for graph in model.graphs():
         if graph is model.graph and not main:
             continue
         for value in graph.initializers.values():
-            if isinstance(tensor := value.const_value, ir.ExternalTensor):
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor) and (graph is not model.graph or tensor.nbytes < LARGE):
                 value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
 
 
 @contextmanager
 def session_of(model: ir.Model, threads: int = 1) -> Iterator[Any]:
-    """An onnxruntime session of a model in memory; one of more than 2 GB goes through a temporary folder.
+    """An onnxruntime session of a model in memory; that of a large one reads it from a temporary folder.
 
     Raises:
         ExportError: onnxruntime refuses it.
     """
-    if tensor_bytes(model) <= LIMIT:
+    if tensor_bytes(model) <= _IN_MEMORY:
         yield open_session(to_bytes(model), threads)
         return
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
-        ir.save(model, file, format="protobuf", external_data="model.data", size_threshold_bytes=1024)
+        copy = model.clone()
+        _take_in(copy, main=False)
+        try:
+            move_out(copy, Path(folder), file.name)
+            ir.save(copy, file, format="protobuf")
+        except OSError as error:
+            raise ExportError(f"`{folder}` cannot be written ({error.strerror}): make room for a copy") from error
+        forget(model)
         yield open_session(file, threads)
 
 

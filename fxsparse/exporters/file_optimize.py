@@ -13,6 +13,7 @@ from fxsparse.exporters.runtime import open_session
 
 if TYPE_CHECKING:
     from fxsparse.exporters.file_compare import Comparison
+    from fxsparse.exporters.file_inputs import Feed
     from fxsparse.exporters.file_io import OnnxFile
     from fxsparse.exporters.file_work import Options, Work
 
@@ -83,30 +84,42 @@ def optimize_file(
 
 def _optimize(source: OnnxFile, out: Path, options: Options) -> FileReport:
     from fxsparse.exporters.external import LIMIT
+    from fxsparse.exporters.file_compare import feeds_of, outputs_of
     from fxsparse.exporters.file_inputs import fillings, fitting, read_signature
     from fxsparse.exporters.file_io import place, tensor_bytes
     from fxsparse.exporters.file_proof import verified
+    from fxsparse.exporters.file_wire import forget
     from fxsparse.exporters.file_work import annotate, fastest, variants_of
 
     signature = read_signature(source.model, options.sizes)
     runs = options.verify or options.latency or options.measure
-    session = _opened(source) if runs else None
     first = signature.fixed_batch or options.batches[0]
-    filling = next(fillings(signature)) if session is None else fitting(session, signature, first, options.seed)
+    drawn: list[Feed] = []
+    if runs:
+        session = _opened(source)
+        filling = fitting(session, signature, first, options.seed)
+        drawn = feeds_of(session, signature, seed=options.seed) if options.verify else []
+        expected = outputs_of(session, drawn)
+        del session  # of large files no two copies are held at once, but to time them
+    else:
+        filling, expected = next(fillings(signature)), []
     sized = [signature.fixed_batch] if signature.fixed_batch is not None else list(options.batches)
     feeds = [signature.draw(size, options.seed, filling) for size in sized]
 
     variants = variants_of(source.model, feeds, options)
     work = variants[-1]
     times: tuple[FileLatency, ...] = ()
-    if options.latency and session is not None:
+    if options.latency:
         work, times = fastest(source, variants, feeds, sized, options)
+    variants.clear()
     annotate(work, source)
     found: list[Comparison] = []
 
     def check(temporary: Path) -> None:
-        if options.verify and session is not None:
-            found.append(verified(source.model, session, open_session(temporary), work, signature, options))
+        forget(source.model)
+        forget(work.model)
+        if options.verify:
+            found.append(verified(source.model, expected, temporary, work, drawn, options))
 
     external = bool(source.data) or tensor_bytes(work.model) > LIMIT
     place(work.model, out, check, external=external)

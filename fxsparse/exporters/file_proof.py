@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
 
 import onnx_ir as ir
 
@@ -15,38 +15,44 @@ from fxsparse.exporters.file_compare import (
     allowed_for,
     check_equal,
     differences,
-    feeds_of,
+    outputs_of,
     relative_to,
     widest,
 )
 from fxsparse.exporters.file_double import double, runner_of
-from fxsparse.exporters.file_inputs import Feed, Signature, flat
+from fxsparse.exporters.file_graph import Array
+from fxsparse.exporters.file_inputs import Feed
 from fxsparse.exporters.file_work import Options, Work, applied, compacted_copy
+from fxsparse.exporters.runtime import open_session
 
 
 def verified(
-    model: ir.Model, session: Any, made: Any, work: Work, signature: Signature, options: Options
+    model: ir.Model,
+    outputs: Sequence[Sequence[Array]],
+    made: Path,
+    work: Work,
+    drawn: Sequence[Feed],
+    options: Options,
 ) -> Comparison:
     """The comparison with the source.
 
     Args:
         model: the source.
-        session: a session of it.
-        made: a session of the file that was written.
+        outputs: what a session of it gives.
+        made: the file that was written.
         work: what was done.
-        signature: its inputs.
+        drawn: inputs of the outputs.
         options: seed and tolerance.
 
     Raises:
         ExportError: they differ by more than is allowed.
     """
-    drawn = feeds_of(session, signature, seed=options.seed)
-    single, constant = differences(session, made, drawn)
+    single, constant = differences(outputs, open_session(made), drawn)
     exact: Difference | None = None
     own: float | None = None
     reason = ""
     try:
-        exact, own = _in_double(model, session, work, drawn, options)
+        exact, own = _in_double(model, outputs, work, drawn, options)
     except _Unavailable as error:
         reason = str(error)
     allowed = allowed_for(own, options.tolerance)
@@ -59,19 +65,19 @@ class _Unavailable(Exception):
     """A float64 copy cannot be made or run."""
 
 
-def _in_double(model: ir.Model, session: Any, work: Work, feeds: Sequence[Feed], options: Options) -> tuple[Any, float]:
+def _in_double(
+    model: ir.Model, outputs: Sequence[Sequence[Array]], work: Work, feeds: Sequence[Feed], options: Options
+) -> tuple[Difference, float]:
     """The same steps on a float64 copy: their worst difference, and the source's own error in its precision."""
     wide = [widest(feed) for feed in feeds]
     try:
         before = double(model)
-        after = compacted_copy(before, replace(options, channels=work.channels))
+        after = compacted_copy(before, replace(options, channels=work.channels), work.multiple)
         after = applied(after, work.keys) if work.keys else after
         with runner_of(before) as a, runner_of(after.model) as b:
-            expected = [flat(a.run(None, feed)) for feed in wide]
-            own = max(
-                relative_to(outs, flat(session.run(None, feed))) for outs, feed in zip(expected, feeds, strict=True)
-            )
-            return differences(a, b, wide)[0], own
+            expected = outputs_of(a, wide)
+            own = max(relative_to(exact, single) for exact, single in zip(expected, outputs, strict=True))
+            return differences(expected, b, wide)[0], own
     except ExportError as error:
         if "verification failed" in str(error):
             raise

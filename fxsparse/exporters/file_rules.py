@@ -7,7 +7,14 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from fxsparse.exporters import file_rules_move, file_rules_product, file_rules_reshape
+from fxsparse.exporters import (
+    file_rules_heads,
+    file_rules_move,
+    file_rules_product,
+    file_rules_reshape,
+    file_rules_tables,
+    file_rules_views,
+)
 from fxsparse.exporters.file_channels import Channels
 from fxsparse.exporters.file_graph import ONNX, Array, fixed, integer, is_outer, sizes
 from fxsparse.exporters.file_values import evaluate, per_channel
@@ -30,7 +37,8 @@ def apply_rule(channels: Channels, node: ir.Node) -> None:
     """
     if node.op_type == "Constant":
         return
-    rule = RULES.get(node.op_type) if node.domain in ONNX else None
+    along_several = any(value in channels.tables for value in node.inputs if value is not None)
+    rule = (TABLES if along_several else RULES).get(node.op_type) if node.domain in ONNX else None
     if rule is None:
         for value in node.inputs:
             channels.freeze(node, value, "has no rule, it is left as it is")
@@ -140,10 +148,19 @@ def clip(channels: Channels, node: ir.Node) -> None:
 
 
 def _pass_on(channels: Channels, node: ir.Node) -> None:
-    value = node.inputs[0]
-    track = channels.tracks.get(value) if value is not None else None
-    if track is not None:
-        channels.follow(node.outputs[0], track.axis, track.labels, track.known)
+    table = channels.table(node.inputs[0])
+    if table is not None:
+        channels.tabulate(node.outputs[0], table)
+
+
+TABLES: dict[str, Rule] = {
+    **dict.fromkeys((*ELEMENTWISE, "Clip", "Where", "IsNaN"), file_rules_heads.elementwise),
+    "Dropout": dropout,
+    "Cast": cast,
+    "MatMul": file_rules_heads.matmul,
+    **file_rules_tables.RULES,
+    **file_rules_views.RULES,
+}
 
 
 RULES: dict[str, Rule] = {
@@ -154,4 +171,7 @@ RULES: dict[str, Rule] = {
     **file_rules_product.RULES,
     **file_rules_move.RULES,
     **file_rules_reshape.RULES,
+    **file_rules_views.RULES,
+    "Where": file_rules_heads.elementwise,
+    "IsNaN": file_rules_heads.elementwise,
 }

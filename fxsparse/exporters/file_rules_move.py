@@ -67,13 +67,8 @@ def split(channels: Channels, node: ir.Node) -> None:
         for value in node.outputs:
             channels.follow(value, track.axis, track.labels, track.known)
         return
-    as_input = opset(channels.model) >= 13
-    given = len(node.inputs) > 1 and node.inputs[1] is not None
-    lengths = (whole(node.inputs[1]) if given else None) if as_input else integers(node, "split")
-    if lengths is None and not given:
-        each = -(-track.size // len(node.outputs))
-        lengths = [min(each, track.size - i * each) for i in range(len(node.outputs))]
-    if lengths is None or sum(lengths) != track.size or min(lengths) < 1:
+    lengths, as_input = split_lengths(channels, node, track.size)
+    if lengths is None:
         channels.freeze(node, node.inputs[0], "is cut at places that vary")
         return
     ends = np.cumsum(lengths)
@@ -84,10 +79,20 @@ def split(channels: Channels, node: ir.Node) -> None:
     channels.edit(lambda keep: _edit_split(channels, node, parts, as_input, keep))
 
 
-def _edit_split(channels: Channels, node: ir.Node, parts: Sequence[Labels], as_input: bool, keep: Keep) -> None:
-    left = [int(keep(labels).size) for labels in parts]
-    if left == [labels.size for labels in parts]:
-        return
+def split_lengths(channels: Channels, node: ir.Node, size: int) -> tuple[list[int] | None, bool]:
+    """Sizes of the parts of a Split, None where they vary; and whether they are an operand."""
+    as_input = opset(channels.model) >= 13
+    given = len(node.inputs) > 1 and node.inputs[1] is not None
+    lengths = (whole(node.inputs[1]) if given else None) if as_input else integers(node, "split")
+    if lengths is None and not given:
+        each = -(-size // len(node.outputs))
+        lengths = [min(each, size - i * each) for i in range(len(node.outputs))]
+    fits = lengths is not None and sum(lengths) == size and min(lengths) >= 1
+    return (lengths if fits else None), as_input
+
+
+def write_split(channels: Channels, node: ir.Node, left: list[int], as_input: bool) -> None:
+    """Let a Split make parts of these sizes."""
     if not as_input:
         node.attributes.add(ir.AttrInt64s("split", left))
         return
@@ -97,6 +102,13 @@ def _edit_split(channels: Channels, node: ir.Node, parts: Sequence[Labels], as_i
     channels.replace(node, 1, np.asarray(left, np.int64))
 
 
+def _edit_split(channels: Channels, node: ir.Node, parts: Sequence[Labels], as_input: bool, keep: Keep) -> None:
+    left = [int(keep(labels).size) for labels in parts]
+    if left == [labels.size for labels in parts]:
+        return
+    write_split(channels, node, left, as_input)
+
+
 def slice_(channels: Channels, node: ir.Node) -> None:
     """One after the other along the channels: a part of them. Along other axes they pass."""
     track, found = operand_of(channels, node)
@@ -104,7 +116,7 @@ def slice_(channels: Channels, node: ir.Node) -> None:
         channels.freeze(node, value, "are places")
     if track is None or found is None:
         return
-    cuts = _cuts(node, len(found)) if opset(channels.model) >= 10 else None
+    cuts = cuts_of(node, len(found)) if opset(channels.model) >= 10 else None
     if cuts is None:
         channels.freeze(node, node.inputs[0], "is cut at places that vary")
         return
@@ -130,7 +142,7 @@ def slice_(channels: Channels, node: ir.Node) -> None:
     channels.edit(edit)
 
 
-def _cuts(node: ir.Node, rank: int) -> list[tuple[int, int, int, int]] | None:
+def cuts_of(node: ir.Node, rank: int) -> list[tuple[int, int, int, int]] | None:
     """Axis, start, end and step of each cut; None where one varies."""
     inputs = [*node.inputs, None, None][:5]
     starts, ends = whole(inputs[1]), whole(inputs[2])
@@ -196,11 +208,11 @@ def reduce(channels: Channels, node: ir.Node) -> None:
     gone = {axis % len(found) for axis in axes}
     moved = track.axis if integer(node, "keepdims", 1) else track.axis - sum(a < track.axis for a in gone)
     stays = node.op_type in ("ReduceMean", "ReduceMax", "ReduceMin")
-    known = track.known if stays else np.where(track.known == 0, 0.0, np.nan) if node.op_type in _SUMS else None
+    known = track.known if stays else np.where(track.known == 0, 0.0, np.nan) if node.op_type in SUMS else None
     channels.follow(node.outputs[0], moved, track.labels, known)
 
 
-_SUMS = ("ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2")
+SUMS = ("ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2")
 
 
 def resize(channels: Channels, node: ir.Node) -> None:
@@ -235,19 +247,25 @@ def shape(channels: Channels, node: ir.Node) -> None:
     track, found = operand_of(channels, node)
     if track is None or found is None:
         return
-    start, end, _ = slice(integer(node, "start", 0), node.attributes.get_int("end"), 1).indices(len(found))
-    if not start <= track.axis < end:
-        return
+    if track.axis in read_by_shape(channels, node, len(found)):
+        channels.freeze(node, node.inputs[0], "reads the number of channels")
+
+
+def read_by_shape(channels: Channels, node: ir.Node, rank: int) -> set[int]:
+    """Axes whose sizes a Shape hands on to anyone but a Gather or Slice that does not pick them."""
+    start, end, _ = slice(integer(node, "start", 0), node.attributes.get_int("end"), 1).indices(rank)
+    axes = list(range(start, end))
+    if node.outputs[0].is_graph_output():
+        return set(axes)
+    read: set[int] = set()
     for user, index in node.outputs[0].uses():
         picked = whole(user.inputs[1]) if user.op_type == "Gather" and index == 0 and user.domain == "" else None
         if user.op_type == "Slice" and index == 0 and opset(channels.model) >= 10:
-            cuts = _cuts(user, 1)
+            cuts = cuts_of(user, 1)
             if cuts is not None and len(cuts) == 1:
-                picked = list(range(end - start))[slice(cuts[0][1], cuts[0][2], cuts[0][3])]
-        if picked is None or track.axis - start in {place % (end - start) for place in picked}:
-            channels.freeze(node, node.inputs[0], "reads the number of channels")
-    if node.outputs[0].is_graph_output():
-        channels.freeze(node, node.inputs[0], "reads the number of channels")
+                picked = list(range(len(axes)))[slice(cuts[0][1], cuts[0][2], cuts[0][3])]
+        read |= set(axes) if picked is None else {axes[place % len(axes)] for place in picked}
+    return read
 
 
 RULES: dict[str, Callable[[Channels, ir.Node], None]] = {
@@ -256,7 +274,7 @@ RULES: dict[str, Callable[[Channels, ir.Node], None]] = {
     "Slice": slice_,
     "Pad": pad,
     **dict.fromkeys(("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"), pool),
-    **dict.fromkeys(("ReduceMean", "ReduceMax", "ReduceMin", *_SUMS), reduce),
+    **dict.fromkeys(("ReduceMean", "ReduceMax", "ReduceMin", *SUMS), reduce),
     "Resize": resize,
     "Upsample": resize,
     "Shape": shape,

@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from fxsparse.exporters.file_channels import Channels, Keep, Track
 from fxsparse.exporters.file_graph import Array, add_constant, fixed, fresh_name, integer, integers, opset, sizes, text
+from fxsparse.exporters.file_rules_heads import matmul as multiply
 from fxsparse.graph.channels_atoms import Labels
 
 _EPSILON = float(np.float32(1e-5))  # attributes are float32, so is what ONNX takes where one is missing
@@ -18,6 +19,9 @@ def matmul(channels: Channels, node: ir.Node) -> None:
     """Rows of x [..., K] times W [K, N]; other products keep what they read."""
     x, weight = node.inputs[0], fixed(node.inputs[1])
     rank = len(sizes(x) or ())
+    if weight is None and any(channels.table(value) is not None for value in node.inputs):
+        multiply(channels, node)
+        return
     if x is None or weight is None or weight.ndim != 2 or rank < 2:
         for value in node.inputs:
             channels.freeze(node, value, "is no product of rows with a constant matrix")

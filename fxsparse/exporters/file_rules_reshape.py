@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from fxsparse.exporters.file_channels import Channels, Keep, Track
+from fxsparse.exporters.file_channels import Channels, Track
 from fxsparse.exporters.file_graph import Array, integer, integers, sizes, whole
 from fxsparse.graph.channels_atoms import Labels
 
@@ -54,69 +54,6 @@ def flatten(channels: Channels, node: ir.Node) -> None:
     channels.follow(node.outputs[0], place, *merged)
 
 
-def reshape(channels: Channels, node: ir.Node) -> None:
-    """Channels pass where their axis stays whole, also merged with fixed axes beside it; else all of them stay."""
-    track, found = operand_of(channels, node)
-    channels.freeze(node, node.inputs[1], "is a shape")
-    if track is None or found is None:
-        return
-    target, into = whole(node.inputs[1]), _target_sizes(node, found)
-    place = _place(track, found, into) if into is not None else None
-    if place is None or into is None or (target is not None and _copies(target, track.axis, place[0])):
-        channels.freeze(node, node.inputs[0], "cuts or merges the channels' axis")
-        return
-    axis, start, end = place
-    merged = _merged(track, found[start:end], track.axis - start)
-    free = sum(size is None for size in into)
-    if merged is None or (target is None and free > 1):
-        channels.freeze(node, node.inputs[0], "reshapes to sizes that are computed")
-        return
-    labels, known = merged
-    channels.follow(node.outputs[0], axis, labels, known)
-    channels.edit(lambda keep: _edit_target(channels, node, target, into, axis, labels, keep))
-
-
-def _target_sizes(node: ir.Node, found: Sizes) -> Sizes | None:
-    """The sizes of the result, as far as they are known."""
-    target, made = whole(node.inputs[1]), sizes(node.outputs[0])
-    if target is None:
-        return made
-    copies = not integer(node, "allowzero", 0)
-    if not copies and 0 in target:
-        return None
-    into: Sizes = [found[i] if size == 0 and i < len(found) else size for i, size in enumerate(target)]
-    if -1 in into:
-        at = into.index(-1)
-        rest = [size for i, size in enumerate(into) if i != at]
-        known = None not in found and None not in rest
-        whole_size = math.prod(size for size in found if size is not None)
-        others = math.prod(size for size in rest if size is not None)
-        into[at] = whole_size // others if known and others else None
-        if into[at] is None and made is not None and len(made) == len(into):
-            into[at] = made[at]
-    return into
-
-
-def _copies(target: Sequence[int], before: int, behind: int) -> bool:
-    """Whether a 0 in the target copies the number of channels to another axis, or another size to theirs."""
-    zeros = {axis for axis, size in enumerate(target) if size == 0}
-    return before != behind and bool(zeros & {before, behind})
-
-
-def _place(track: Track, found: Sizes, into: Sizes) -> tuple[int, int, int] | None:
-    """The axis of the result that holds the channels, and the axes [start, end) of the operand that it merges."""
-    for end in range(track.axis + 1, len(found) + 1):
-        behind = _product(found[end:])
-        for start in range(track.axis, -1, -1):
-            size = _product(found[start:end])
-            if size is None or behind is None:
-                continue
-            for axis, candidate in enumerate(into):
-                if candidate == size and _product(into[axis + 1 :]) == behind:
-                    return axis, start, end
-    return None
-
-
 def _product(found: Sequence[int | None]) -> int | None:
     return None if None in found else math.prod(size for size in found if size is not None)
 
@@ -127,21 +64,6 @@ def _merged(track: Track, found: Sizes, axis: int) -> tuple[Labels, Array] | Non
     if outer is None or inner is None:
         return None
     return np.tile(np.repeat(track.labels, inner), outer), np.tile(np.repeat(track.known, inner), outer)
-
-
-def _edit_target(
-    channels: Channels, node: ir.Node, target: list[int] | None, into: Sizes, axis: int, labels: Labels, keep: Keep
-) -> None:
-    left = int(keep(labels).size)
-    if left == labels.size:
-        return
-    if target is None:
-        made = [-1 if size is None else size for size in into]
-    else:
-        made = list(target)
-    if made[axis] > 0:
-        made[axis] = left
-    channels.replace(node, 1, np.asarray(made, np.int64))
 
 
 def squeeze(channels: Channels, node: ir.Node) -> None:
@@ -175,7 +97,6 @@ def unsqueeze(channels: Channels, node: ir.Node) -> None:
 RULES: dict[str, Callable[[Channels, ir.Node], None]] = {
     "Transpose": transpose,
     "Flatten": flatten,
-    "Reshape": reshape,
     "Squeeze": squeeze,
     "Unsqueeze": unsqueeze,
 }

@@ -15,6 +15,8 @@ from fxsparse.errors import ExportError, FxSparseError
 from fxsparse.exporters import placement
 from fxsparse.exporters.candidates import Candidate, Kitchen, weights_in
 from fxsparse.exporters.encodings import is_two_four, store_sparse
+from fxsparse.exporters.file_io import read_file
+from fxsparse.exporters.file_wire import hollow, write_model
 from fxsparse.exporters.forms import LayerForm, forms_of
 from fxsparse.exporters.inputs import Inputs, first_line
 from fxsparse.exporters.latency import Latency, measure
@@ -135,6 +137,15 @@ def _complete(
     import onnx
 
     variant, exported = kept.variant, kept.exported
+    if kept.quantized is None and exported.data is None and not job.sparse:
+        model = read_file(kept.file).model
+        proto = hollow(model)
+        job.write(proto, layers, exported.inputs, forms, variant.label)
+        fresh = kept.file.with_suffix(".fresh")
+        with fresh.open("wb") as file:
+            write_model(model, proto, file)
+        os.replace(fresh, kept.file)
+        return layers, ()
     proto = onnx.load(kept.file, load_external_data=False)
     if kept.quantized is not None:
         places = places_in_int8(proto, exported.places, variant.subject.weights)

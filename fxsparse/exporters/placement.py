@@ -109,9 +109,20 @@ def check_zeros(placement: Placement, alive: Array, stored: Array) -> None:
 
 
 def check_file(
-    proto: Any, places: Sequence[Placement], weights: Mapping[str, MaskedWeight], folder: Path | None = None
+    proto: Any,
+    places: Sequence[Placement],
+    weights: Mapping[str, MaskedWeight],
+    folder: Path | None = None,
+    values: Mapping[str, Any] | None = None,
 ) -> None:
-    """Check the zeros once more, in the message that is written; `folder` is where files of its weights lie.
+    """Check the zeros once more, in the message that is written.
+
+    Args:
+        proto: the message.
+        places: where the weights lie.
+        weights: the weights.
+        folder: where files of the message's initializers lie.
+        values: initializers that are added as the message is written, as `onnx_ir` holds them.
 
     Raises:
         ExportError: a dead entry is not zero, or an initializer is gone.
@@ -122,7 +133,11 @@ def check_file(
     for place in places:
         if place.initializer not in tensors:
             raise ExportError(f"`{place.weight}`: initializer `{place.initializer}` is not in the file")
-        stored = numpy_helper.to_array(tensors[place.initializer], base_dir=str(folder or ""))
+        tensor, later = tensors[place.initializer], (values or {}).get(place.initializer)
+        if later is not None and tensor.external_data:
+            stored = later.numpy()
+        else:
+            stored = numpy_helper.to_array(tensor, base_dir=str(folder or ""))
         check_zeros(place, weights[place.weight].mask.numpy(), stored)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,8 @@ from fxsparse.errors import ConfigError, DataError, ExportError
 from fxsparse.exporters.inputs import Inputs, first_line
 from fxsparse.exporters.program import Flat
 from fxsparse.graph import isolated_clone, preserved_rng
+from fxsparse.passes.compact_verify import run_copy
+from fxsparse.passes.compact_widen import widened, worth_streaming
 
 _SPREADS = ((1.0, 0.0), (4.0, 0.0), (0.25, 0.0), (4.0, 2.0), (4.0, -2.0), (1.0, 3.0), (1.0, -3.0))  # width, shift
 
@@ -121,11 +124,8 @@ def outputs_on(model: nn.Module, inputs: Inputs, batches: Sequence[list[Tensor]]
         DataError: the model fails on an item.
     """
     with preserved_rng():
-        private = isolated_clone(model)
         try:
-            wide = private.double()
-            doubled = [[t.double() if t.is_floating_point() else t for t in tensors] for tensors in batches]
-            return [_run(wide, inputs, tensors) for tensors in doubled], "float64"
+            return _doubled(model, inputs, batches), "float64"
         except Exception:  # a forward that names its dtype fails in another
             own = isolated_clone(model)
         found = []
@@ -285,12 +285,22 @@ def _check_finite(runs: Sequence[Sequence[Any]]) -> None:
             raise ExportError(f"verification failed: output {i} is never finite, so nothing is shown: look for NaN")
 
 
+def _doubled(model: nn.Module, inputs: Inputs, cases: Sequence[list[Tensor]]) -> list[list[Any]]:
+    """The outputs in float64; of a large model without a float64 copy of all its parameters, where that works."""
+    wide = [[t.double() if t.is_floating_point() else t for t in case] for case in cases]
+    if worth_streaming(model):
+        with suppress(Exception):  # code that asks a parameter for its dtype sees another one than operators do
+            copy = run_copy(model, torch.float64)
+            with widened(copy, torch.float64):
+                return [_run(copy, inputs, case) for case in wide]
+    copy = isolated_clone(model).double()
+    return [_run(copy, inputs, case) for case in wide]
+
+
 def _exact(model: nn.Module, inputs: Inputs, cases: Sequence[list[Tensor]], seed: int) -> tuple[list[list[Any]], str]:
     """The outputs in float64; in the model's own precision, slightly moved, where it cannot run so."""
     try:
-        wide = isolated_clone(model).double()
-        doubled = [[t.double() if t.is_floating_point() else t for t in case] for case in cases]
-        return [_run(wide, inputs, case) for case in doubled], "float64"
+        return _doubled(model, inputs, cases), "float64"
     except Exception:  # a forward that names its dtype fails in another
         generator = torch.Generator().manual_seed(seed)
         moved = isolated_clone(model, copied=[name for name, _ in model.named_parameters()])

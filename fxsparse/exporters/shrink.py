@@ -14,8 +14,16 @@ from fxsparse.exporters.inputs import first_line
 from fxsparse.exporters.prepare import Subject, fold
 from fxsparse.graph.mishaps import mishap
 from fxsparse.nn import masked_weights
+from fxsparse.passes.compact_channels import compact_channels
 from fxsparse.passes.lower_shared_support import Form, LayerRecord, Policy, lower_shared_support
-from fxsparse.planning.compaction import CompactionReport, compact, compaction_report
+from fxsparse.planning.compaction import (
+    CompactionReport,
+    Moves,
+    captured_form,
+    check_compactable,
+    compaction_report,
+    folded_form,
+)
 from fxsparse.sparsity import SharedSupport
 
 PLAIN = "as it is"
@@ -61,6 +69,14 @@ def plain(subject: Subject) -> Variant:
     return Variant(PLAIN, subject, subject.masked)
 
 
+def compact(model: nn.Module, example_inputs: Any) -> nn.Module:
+    """`fxsparse.compact` for onnxruntime: 2-d convolutions keep whole blocks of channels."""
+    check_compactable(model)
+    moves = Moves(model, example_inputs, None, ())
+    source = captured_form(model, example_inputs)
+    return moves.finish(compact_channels(source, folded_form(source), example_inputs, blocks=True))
+
+
 def compacted(variant: Variant, wanted: bool | None) -> Variant:
     """The variant without its dead channels; itself where none can go.
 
@@ -77,14 +93,15 @@ def compacted(variant: Variant, wanted: bool | None) -> Variant:
     try:
         smaller = compact(variant.model, subject.inputs.build(subject.inputs.tensors)).eval()
         report = compaction_report(smaller)
+        filling = tuple(note for note in report.notes if "superfluous" in note)
         if not report.rows:
-            return variant
+            return replace(variant, notes=(*variant.notes, *filling))
         inside = replace(subject, folded=fold(smaller), weights=masked_weights(smaller))
     except Exception as error:
         return _refused(variant, "compacted", error, wanted)
     before, after = report.parameters
     note = f"compacted: {before:,} -> {after:,} parameters, {sum(row.removed for row in report.rows)} channels removed"
-    return Variant("compacted", inside, smaller, report, notes=(*variant.notes, note))
+    return Variant("compacted", inside, smaller, report, notes=(*variant.notes, note, *filling))
 
 
 def lowered(

@@ -29,7 +29,7 @@ from fxsparse.graph.recorder import Recording
 from fxsparse.graph.specialize import specialisation, specialized
 from fxsparse.graph.tracer import Trace, has_hooks, is_layer, is_leaf, is_torch_layer, trace, trace_key
 from fxsparse.graph.tracing import tracing
-from fxsparse.graph.tree import modules_of
+from fxsparse.graph.tree import modules_of, parameters_of
 
 _Key = tuple[Hashable, frozenset[str]]
 _UNREPEATABLE = "the model does not repeat itself from the same seed, so no graph can be compared with it"
@@ -134,7 +134,7 @@ def _places_of(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str
 def _working_copy(model: nn.Module, copied: bool) -> nn.Module:
     if not copied:
         return structural_clone(model)
-    return isolated_clone(model, copied=[name for name, _ in model.named_parameters(remove_duplicate=False)])
+    return isolated_clone(model, copied=[name for name, _ in parameters_of(model)])
 
 
 @dataclass
@@ -164,6 +164,10 @@ class _Session:
         """Turn `module` into graphs, the root first."""
         if isinstance(self.module, CapturedModule):
             return
+        with contextlib.nullcontext() if self.compare or self.specialize else tracing():  # nothing runs in between
+            self._run()
+
+    def _run(self) -> None:
         found: dict[str, CapturedModule] | None = None
         with tracing():
             made = self._trace("", self.module)

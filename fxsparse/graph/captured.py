@@ -15,6 +15,8 @@ import torch
 from torch import fx, nn
 from torch.fx.graph import CodeGen, PythonCode
 
+from fxsparse.graph.tree import modules_of
+
 GRAPH_STATE = frozenset(
     {"_graph", "_code", "_lineno_map", "_prologue_start", "_in_spec", "_out_spec", "_tracer_cls", "_tracer_extras"}
 )
@@ -273,4 +275,4 @@ def unpack_graph(nodes: list[PackedNode]) -> fx.Graph:
 
 def graphs_of(module: nn.Module) -> dict[str, CapturedModule]:
     """Every captured graph in `module` by its path, the root (path "") first."""
-    return {path: child for path, child in module.named_modules() if isinstance(child, CapturedModule)}
+    return {path: child for path, child in modules_of(module) if isinstance(child, CapturedModule)}

@@ -20,13 +20,17 @@ from torch import fx, nn
 
 from fxsparse.graph.channels_atoms import Barrier, Dims, Labels, Relation
 from fxsparse.graph.channels_flow import Flow, bound, op_of, shape_of
+from fxsparse.graph.channels_gather import GATHERS
 from fxsparse.graph.channels_groups import ChannelGroup as ChannelGroup
 from fxsparse.graph.channels_groups import Member as Member
 from fxsparse.graph.channels_groups import channel_groups, fixed_classes
 from fxsparse.graph.channels_moves import MOVES
+from fxsparse.graph.channels_recurrent import RECURRENT
 from fxsparse.graph.channels_rules import RULES, is_pointwise, pointwise, unknown
 from fxsparse.graph.mishaps import mishap
 from fxsparse.graph.operators import ROUTES, OperatorGraph, operator_graph
+from fxsparse.nn.attention import SizedMultiheadAttention
+from fxsparse.nn.layer_norm import SizedLayerNorm
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +100,20 @@ def channels(
 
 def closed_paths(model: nn.Module) -> frozenset[str]:
     """Paths of torch's layers whose forward derives the sizes inside from those outside, so that they must stay."""
-    return frozenset(path for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention))
+    return frozenset(
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention) and not isinstance(module, SizedMultiheadAttention)
+    )
+
+
+def open_norms(model: nn.Module) -> frozenset[str]:
+    """Paths of torch's layer norms over one dimension, which can count features that are not there any more."""
+    return frozenset(
+        path
+        for path, module in model.named_modules()
+        if (type(module) is nn.LayerNorm or isinstance(module, SizedLayerNorm)) and len(module.normalized_shape) == 1
+    )
 
 
 def analyse(
@@ -104,6 +121,7 @@ def analyse(
     closed: Collection[str] = (),
     others: tuple[OperatorGraph, ...] = (),
     tied: Collection[tuple[str, str]] = (),
+    norms: Collection[str] = (),
 ) -> Channels:
     """Analyse an operator graph.
 
@@ -112,16 +130,20 @@ def analyse(
         closed: paths of modules inside which all channels stay.
         others: further graphs of the same model; one parameter has the same channels in all of them.
         tied: parameters or buffers of one shape, in pairs, that must stay of one shape.
+        norms: paths of layers whose layer norm can lose features that are zero.
     """
-    flow, sources = Flow(), dict[str, Dims]()
+    flow, sources = Flow(open_norms=frozenset(norms)), dict[str, Dims]()
     for each in (graph, *others):
+        read = _read(each)
         for node in each.graph.nodes:
+            flow.idle = node not in read
             flow.dims[node] = _dims(flow, each, node, sources)
             reason = "shares memory with a value that is written in place" if node.meta.get("aliased_write") else ""
             if str(node.meta.get("path", "")) in closed:
                 reason = "is inside a layer that checks its sizes"
             for labels in flow.of(node) if reason else ():
                 flow.freeze(node, labels, reason)
+        flow.idle = False
         if each.reads and each.unread:
             _fix_after_read(flow, each)
     for one, other in tied:
@@ -134,6 +156,25 @@ def analyse(
     return Channels(graph, groups, tuple(flow.barriers), classes, fixed, reasons, flow, sources, others)
 
 
+def _read(graph: OperatorGraph) -> set[fx.Node]:
+    """The nodes on which an output, or the way of the run, depends."""
+    reads = set(graph.reads)
+    stack = [
+        node
+        for node in graph.graph.nodes
+        if node.op == "output"
+        or node.name in reads
+        or node.meta.get("aliased_write")
+        or (node.op == "call_function" and not node.users and node.meta.get("shape") is None)
+    ]
+    found = set(stack)
+    while stack:
+        new = [node for node in stack.pop().all_input_nodes if node not in found]
+        found.update(new)
+        stack += new
+    return found
+
+
 def _roles(graphs: tuple[OperatorGraph, ...]) -> dict[str, str]:
     """How each parameter or buffer is read by its first reader."""
     roles: dict[str, str] = {}
@@ -144,8 +185,11 @@ def _roles(graphs: tuple[OperatorGraph, ...]) -> dict[str, str]:
                 continue
             user = next((user for user in node.users if isinstance(user.target, torch._ops.OpOverload)), None)
             if user is not None:
-                argument = next((key for key, value in bound(user).items() if value is node), "")
+                a = bound(user)
+                argument = next((key for key, value in a.items() if value is node), "")
                 roles[name] = f"{op_of(user)}.{argument}"
+                if op_of(user) in ("_weight_norm", "_weight_norm_interface"):
+                    roles[name] += f"{int(a['dim']) % len(shape_of(node))}"  # the dimension that has the lengths
     return roles
 
 
@@ -173,11 +217,14 @@ def _dims(flow: Flow, graph: OperatorGraph, node: fx.Node, sources: dict[str, Di
     return _applied(flow, node)
 
 
+_ALL = (MOVES, GATHERS, RECURRENT, RULES)
+
+
 def _applied(flow: Flow, node: fx.Node) -> Any:
     if not isinstance(node.target, torch._ops.OpOverload):
         return unknown(flow, node) if shape_of(node) else None
     name = op_of(node)
-    rule = MOVES.get(name) or RULES.get(name)
+    rule = next((rules[name] for rules in _ALL if name in rules), None)
     if rule is None and is_pointwise(node):
         rule = pointwise
     try:

@@ -34,12 +34,19 @@ class Flow:
         dims: the labels of each node's dimensions; a list for a node that returns several tensors.
         mixings: where channels of one dimension are read together.
         barriers: what froze channels.
+        idle: whether the values in question are read by nobody: what happens to them is no concern.
+        open_norms: paths of layers whose layer norm can lose features that are zero (mixings of kind "layer_norm").
+        aligned: dimensions whose size must stay a multiple of a number.
     """
 
     atoms: Atoms = field(default_factory=Atoms)
     dims: dict[fx.Node, Any] = field(default_factory=dict)
     mixings: list[Mixing] = field(default_factory=list)
     barriers: list[Barrier] = field(default_factory=list)
+    idle: bool = False
+    open_norms: frozenset[str] = frozenset()
+    aligned: list[tuple[Labels, int]] = field(default_factory=list)
+    _stated: set[int] = field(default_factory=set)  # the first atoms of stated sizes
 
     def of(self, node: Any) -> Dims:
         """The labels of a tensor argument; none for numbers."""
@@ -51,8 +58,16 @@ class Flow:
     def freeze(self, node: fx.Node, labels: Labels | None, reason: str) -> None:
         """`node` keeps these channels from being removed."""
         barrier = Barrier(node.name, op_of(node), str(node.meta.get("path", "")), reason)
-        if self.atoms.freeze(labels, barrier):
+        if labels is None or self.idle or not self.atoms.freeze(labels, barrier):
+            return
+        if int(labels[0]) not in self._stated:  # nobody misses the freedom of a size that was only stated
             self.barriers.append(barrier)
+
+    def made(self, size: int) -> Labels:
+        """Labels of a dimension whose size is stated, and would follow those that it meets."""
+        labels = self.atoms.fresh(size)
+        self._stated.add(int(labels[0]))
+        return labels
 
     def fix(self, labels: Labels | None) -> None:
         """These are no channels (kernel taps): fixed, without a word."""
@@ -61,7 +76,7 @@ class Flow:
 
     def mix(self, node: fx.Node, labels: Labels | None, kind: str, operand: fx.Node) -> None:
         """`node` reads these channels together."""
-        if labels is not None and labels.any():
+        if labels is not None and labels.any() and not self.idle:
             self.mixings.append(Mixing(node, labels, kind, operand))
 
     def unite(self, node: fx.Node, a: Labels | None, b: Labels | None) -> Labels | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -45,6 +46,7 @@ class ChannelGroup:
         prunable: whether they can be removed at all.
         reason: where not, the barrier; where they can, but other values change, which operators read them together.
         mixed: how those read them: "norm", "sum", "softmax"...; a "sum" does not miss channels that are zero.
+        multiple: the number of channels that stay must be a multiple of it.
         classes: for each channel its own class (of `Channels.classes`), and those of everything that goes with it.
     """
 
@@ -54,6 +56,7 @@ class ChannelGroup:
     prunable: bool
     reason: str = ""
     mixed: frozenset[str] = frozenset()
+    multiple: int = 1
     classes: tuple[Labels, ...] = field(default=(), repr=False, compare=False)
 
     def __str__(self) -> str:
@@ -125,6 +128,7 @@ def channel_groups(
     for mixing in flow.mixings:
         for c in np.unique(classes[mixing.labels]):
             read[int(c)].append(mixing)
+    steps = {int(label): step for labels, step in flow.aligned for label in np.unique(classes[labels])}
     axes = _axes(flow.atoms, classes)
     alike: dict[_Kind, list[tuple[dict[tuple[str, int], list[int]], list[int]]]] = defaultdict(list)
     for label in sorted({*places, *follow} - products):
@@ -148,7 +152,8 @@ def channel_groups(
         closures = tuple(np.array(closure, dtype=np.int64) for _, closure in held)
         mixed = frozenset(mixing.kind for mixing in reading.values())
         note = _note(next(iter(reading.values()))) if reading else ""
-        groups.append(ChannelGroup(len(groups), len(held), members, True, note, mixed, closures))
+        multiple = math.lcm(*(steps.get(int(label), 1) for label in np.concatenate(closures)))
+        groups.append(ChannelGroup(len(groups), len(held), members, True, note, mixed, multiple, closures))
     for (name, dim), labels in stuck.items():
         if (labels == FIXED).all():  # no channels
             continue

@@ -9,6 +9,7 @@ from torch import fx
 
 from fxsparse.graph.channels_atoms import FIXED, Labels
 from fxsparse.graph.channels_flow import Flow, axes_of, bound, op_of, shape_of
+from fxsparse.graph.channels_gather import stepped
 from fxsparse.graph.channels_rules import Rule, fixed, unknown
 
 
@@ -73,8 +74,13 @@ def _expand(flow: Flow, node: fx.Node) -> Any:
     for labels, old, new in zip(dims, before, shape[added:], strict=True):
         if old != new:
             flow.freeze(node, labels, "is repeated along another dimension")
-    kept = [labels if old == new else None for labels, old, new in zip(dims, before, shape[added:], strict=True)]
-    return (*(None for _ in range(added)), *kept)
+    model = node.args[1] if op_of(node) == "expand_as" else None  # as long as that one, whatever it loses
+    wide = flow.of(model) if isinstance(model, fx.Node) else (None,) * len(shape)
+    kept = [
+        labels if old == new else other
+        for labels, other, old, new in zip(dims, wide[added:], before, shape[added:], strict=True)
+    ]
+    return (*wide[:added], *kept)
 
 
 def _repeat(flow: Flow, node: fx.Node) -> Any:
@@ -183,29 +189,12 @@ def _slice(flow: Flow, node: fx.Node) -> Any:
     else:
         start, stop, step = a["start"], a["end"], a["step"]
     if step not in (None, 1):
-        flow.freeze(node, labels, "is read in steps")
+        whole = stop is None or int(stop) >= shape[axis]
+        dims[axis] = stepped(flow, node, labels, int(start or 0) if whole else -1, int(step))
+        return tuple(dims)
     piece = labels[slice(start, stop, step)]
     dims[axis] = labels if piece.size == shape[axis] else piece
     return tuple(dims)
-
-
-def _indexed(flow: Flow, node: fx.Node) -> Any:
-    """x[index] with one index tensor; the indexed dimension keeps all its channels."""
-    source, a = _source(node), bound(node)
-    dims = flow.of(source)
-    given = a.get("indices")
-    indices = list(given) if isinstance(given, list | tuple) else []
-    used = [axis for axis, index in enumerate(indices) if index is not None]
-    if len(used) != 1 or not isinstance(indices[used[0]], fx.Node):
-        return unknown(flow, node)
-    axis, index = used[0], indices[used[0]]
-    rank = len(shape_of(node)) - (len(dims) - 1)
-    if rank != len(shape_of(index)):  # a mask of several dimensions
-        return unknown(flow, node)
-    flow.freeze(node, dims[axis], "is indexed by values")
-    for labels in flow.of(index):
-        flow.freeze(node, labels, "holds indices")
-    return (*dims[:axis], *(None for _ in range(rank)), *dims[axis + 1 :])
 
 
 def _index_select(flow: Flow, node: fx.Node) -> Any:
@@ -286,7 +275,6 @@ MOVES: dict[str, Rule] = {
     "unbind": _unbind,
     "select": _select,
     **dict.fromkeys(("slice", "narrow"), _slice),
-    "index": _indexed,
     "index_select": _index_select,
     **dict.fromkeys(("flip", "roll"), _reorder),
     **dict.fromkeys(("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d"), _pad),
@@ -295,9 +283,7 @@ MOVES: dict[str, Rule] = {
     "pixel_unshuffle": _pixel_unshuffle,
     **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), _channel_shuffle),
     **dict.fromkeys(
-        "zeros ones full empty arange rand randn randint scalar_tensor linspace eye new_zeros new_ones new_full "
-        "new_empty tril_indices triu_indices randperm".split(),
-        fixed,
+        "arange rand randn randint scalar_tensor linspace eye tril_indices triu_indices randperm".split(), fixed
     ),
 }
 """Operator name -> its rule."""

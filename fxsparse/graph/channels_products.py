@@ -13,6 +13,7 @@ from torch import fx
 from fxsparse.graph.channels import Channels
 from fxsparse.graph.channels_atoms import Labels
 from fxsparse.graph.channels_flow import bound, op_of, shape_of, tensor_arguments
+from fxsparse.graph.channels_recurrent import Recurrent, recurrent_of
 from fxsparse.graph.operators import OperatorGraph
 
 _OPTIONS = ("stride", "padding", "dilation", "output_padding", "groups")
@@ -77,7 +78,11 @@ def weight_products(channels: Channels, parameters: Iterable[str]) -> tuple[Weig
         parameters: names of its parameters; what is made of buffers only is no weight.
     """
     made = _made_of(channels.graph, set(parameters))
-    found = (_product(channels, node, made) for node in channels.graph.graph.nodes if node.op == "call_function")
+    found: list[WeightProduct | None] = []
+    for node in channels.graph.graph.nodes:
+        if node.op == "call_function":
+            call = recurrent_of(node)
+            found += [_product(channels, node, made)] if call is None else _recurrent(channels, node, call, made)
     return tuple(product for product in found if product is not None)
 
 
@@ -106,6 +111,14 @@ def _product(channels: Channels, node: fx.Node, made: Mapping[fx.Node, bool]) ->
         return None
     if name == "einsum":
         return _einsum(channels, node, made)
+    if name == "bilinear":
+        weight = bound(node)["weight"]
+        return _bilinear(channels, node, weight) if made.get(weight) else None
+    if name == "_grouped_mm":
+        a = bound(node)
+        fixed, factors = _terms(channels, a["mat2"], (1, 2))
+        rows = shape_of(node)[0] * fixed
+        return WeightProduct(node, rows, tuple(factors), None, None, None) if made.get(a["mat2"]) else None
     if "conv" in name and len(node.args) > 1:
         a = bound(node)
         return _conv(channels, node, a) if made.get(a["weight"]) else None
@@ -146,6 +159,26 @@ def _matrix(
         outputs = _free(channels, weight, out)
         key = ProductKey("linear", shape, (w[out], w[1 - out])) if right_hand else None
     return WeightProduct(node, a * b, (*first, *second), inputs, outputs, key)
+
+
+def _recurrent(
+    channels: Channels, node: fx.Node, call: Recurrent, made: Mapping[fx.Node, bool]
+) -> list[WeightProduct | None]:
+    """Each weight once a step and batch entry."""
+    steps = math.prod(shape_of(call.x)[:-1])
+    cells = [cell for layer in call.layers for cell in layer]
+    weights = [w for cell in cells for w in (cell.w_ih, cell.w_hh, cell.projection) if w is not None and made.get(w)]
+    found: list[WeightProduct | None] = []
+    for weight in weights:
+        fixed, factors = _terms(channels, weight, (0, 1))
+        found.append(WeightProduct(node, steps * fixed, tuple(factors), None, None, None))
+    return found
+
+
+def _bilinear(channels: Channels, node: fx.Node, weight: fx.Node) -> WeightProduct:
+    tokens = math.prod(shape_of(node)[:-1])
+    fixed, factors = _terms(channels, weight, (0, 1, 2))
+    return WeightProduct(node, tokens * fixed, tuple(factors), None, None, None)
 
 
 def _einsum(channels: Channels, node: fx.Node, made: Mapping[fx.Node, bool]) -> WeightProduct | None:

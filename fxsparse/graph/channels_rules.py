@@ -192,8 +192,9 @@ def _layer_norm(flow: Flow, node: fx.Node) -> Any:
         if isinstance(a.get(name), fx.Node):
             for axis, labels in zip(range(-last, 0), flow.of(a[name]), strict=True):
                 dims[axis] = flow.unite(node, dims[axis], labels)
+    kind = "layer_norm" if last == 1 and str(node.meta.get("path", "")) in flow.open_norms else "norm"
     for axis in range(-last, 0):
-        flow.mix(node, dims[axis], "norm", a["input"])
+        flow.mix(node, dims[axis], kind, a["input"])
     return _several(node, tuple(dims))
 
 
@@ -300,7 +301,8 @@ def _embedding_bag(flow: Flow, node: fx.Node) -> Any:
     for name in ("indices", "offsets", "per_sample_weights"):
         for labels in flow.of(a.get(name)):
             flow.freeze(node, labels, "holds indices")
-    return [(None, weight[1]), *[(None,)] * 3]
+    bags = (None, weight[1])
+    return bags if node.meta.get("shape") is not None else [bags, *[(None,)] * 3]
 
 
 def _glu(flow: Flow, node: fx.Node) -> Any:

@@ -16,6 +16,7 @@ from fxsparse.errors import CaptureError
 from fxsparse.graph.captured import GRAPH_STATE, CapturedModule
 from fxsparse.graph.tree import modules_of, parameters_of
 from fxsparse.graph.writes import storage_of
+from fxsparse.nn.slot import slots_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -99,7 +100,9 @@ def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
                 full = f"{path}.{name}".lstrip(".")
                 raise CaptureError(f"parameter `{full}` has no shape yet (lazy module): run one forward pass before")
         for value in module.__dict__.values():
-            if value is not None and type(value) not in _ATOMIC and value is not module._modules:
+            if type(value) in _ATOMIC or value is module._modules:
+                continue
+            if type(value) not in _EMPTYING or value:
                 yield from _tensors_in(value)
 
 
@@ -125,19 +128,20 @@ def _copy(model: M, memo: dict[int, Any], to_run: bool = False) -> M:
         raise CaptureError(
             f"`{_culprit(model, memo)}` cannot be copied ({error}): remove it before, or define its `__deepcopy__`"
         ) from error
-    for path, module in modules_of(model):  # torch's own GraphModule drops these when it is copied
+    modules = modules_of(model)
+    for path, module in modules:  # torch's own GraphModule drops these when it is copied
         if isinstance(module, fx.GraphModule) and not isinstance(module, CapturedModule):
             twin = clone.get_submodule(path)
             twin._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
             for hooks in _HOOKS:
                 setattr(twin, hooks, copy.copy(getattr(module, hooks)))
-    for path, module in modules_of(model):
+    for path, module in modules:
         if isinstance(module, torch.jit.ScriptModule):
             for (_, old), (_, new) in zip(
                 module.named_parameters(), clone.get_submodule(path).named_parameters(), strict=True
             ):
                 new.requires_grad_(old.requires_grad)
-    for _, module in modules_of(model):
+    for _, module in modules:
         copied = memo.get(id(module))  # a class that is rebuilt from its arguments forgets the mode
         if isinstance(copied, nn.Module) and copied.training is not module.training:
             copied.training = module.training
@@ -147,20 +151,28 @@ def _copy(model: M, memo: dict[int, Any], to_run: bool = False) -> M:
 
 def _copy_plain(model: nn.Module, memo: dict[int, Any], to_run: bool) -> None:
     """Copy every module that has no copying protocol of its own into `memo`, as `copy.deepcopy` does but faster."""
+    modules = [module for _, module in modules_of(model)]
+    for module in modules:
+        specs = (slot.spec for slot in slots_of(module).values())
+        memo.update((id(spec), spec) for spec in specs)  # which nobody changes
+    plain = {kind: _is_plain(kind) for kind in {type(module) for module in modules}}
     twins = [
         (module, object.__new__(type(module)))
-        for module in reversed(
-            [module for _, module in modules_of(model)]
-        )  # children first: a parent's own protocol may look at them
-        if id(module) not in memo and (_is_plain(type(module)) or (to_run and isinstance(module, CapturedModule)))
+        for module in reversed(modules)  # children first: a parent's own protocol may look at them
+        if id(module) not in memo and (plain[type(module)] or (to_run and isinstance(module, CapturedModule)))
     ]
     memo.update((id(module), twin) for module, twin in twins)
     for module, twin in twins:
         shared = GRAPH_STATE if isinstance(module, CapturedModule) else ()
-        state = {
-            key: value if type(value) in _ATOMIC or key in shared else _copied(value, memo)
-            for key, value in module.__dict__.items()
-        }
+        state: dict[str, Any] = {}
+        for key, value in module.__dict__.items():
+            kind = type(value)
+            if kind in _ATOMIC or key in shared:
+                state[key] = value
+            elif kind not in _TABLES or value or id(value) in memo:
+                state[key] = _copied(value, memo)
+            else:
+                state[key] = memo[id(value)] = kind()
         if isinstance(module, CapturedModule):
             twin.__dict__.update(state)
         elif type(module).__setstate__ is nn.Module.__setstate__:
@@ -181,12 +193,21 @@ def _is_plain(kind: type[nn.Module]) -> bool:
 _PROTOCOL = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__new__")
 _ATOMIC = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, type})
 _TABLES = frozenset({dict, OrderedDict})
+_EMPTYING = frozenset({dict, OrderedDict, set, list, tuple})
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
     kind = type(value)
     if kind in _ATOMIC or (kind is tuple and all(type(item) in _ATOMIC for item in value)):
         return value
+    if kind is set and id(value) not in memo and all(type(item) in _ATOMIC for item in value):
+        memo[id(value)] = twin_set = set(value)
+        return twin_set
+    if kind is list and id(value) not in memo:
+        twin_list: list[Any] = []
+        memo[id(value)] = twin_list
+        twin_list.extend(_copied(item, memo) for item in value)
+        return twin_list
     if kind not in _TABLES or id(value) in memo:
         return copy.deepcopy(value, memo)
     twin = memo[id(value)] = kind()

@@ -2,7 +2,9 @@
 
 What is compared, from the same random state: outputs, inputs after the run (a model may write into them), buffers, and
 in train mode on which parameters the outputs depend. Of models of little work both modes are compared, and the
-gradients; of others train mode alone, where dropout is active and norms are updated.
+gradients; of others train mode alone, where dropout is active and norms are updated. Where the structure proves that
+one mode shows nothing that the other does not (see `fxsparse.graph.alike`), one is compared: that of the recorded run,
+or, for the gradients of a model of little work, train mode.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import io
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from fxsparse.graph.alike import alike
 from fxsparse.graph.captured import graphs_of
 from fxsparse.graph.clone import isolated_clone
 from fxsparse.graph.inputs import fresh_inputs, opened, tensors_of
@@ -75,7 +78,8 @@ class Reference:
         model: the model; it is never touched.
         args, kwargs: the example inputs.
         training: the mode of the first run.
-        thorough: whether both runs are compared and the gradients too; else only the one in train mode.
+        thorough: whether both runs are compared and the gradients too; else only one.
+        calls: how often each module was called in the first run; None when that is not known.
         repeats: False once a repetition from the same random state has shown something else.
     """
 
@@ -84,6 +88,7 @@ class Reference:
     kwargs: dict[str, Any]
     training: bool
     thorough: bool = True
+    calls: Mapping[str, int] | None = field(default=None, repr=False)
     repeats: bool = True
     _clone: nn.Module | None = field(default=None, repr=False)
     _runs: dict[int, Run] = field(default_factory=dict, repr=False)
@@ -103,21 +108,25 @@ class Reference:
             exact: whether outputs and buffers must be bit-identical; else sums may be ordered differently.
         """
         clone = isolated_clone(model, to_run=True)
-        for number in self._numbers():
+        numbers = self._numbers(model)
+        for number in numbers:
             expected = self._run(number)
             if expected.error:
                 continue
             found = self._perform(clone, number)
             if _difference(expected, found, exact) is not None:
-                difference = self._settled(model, number, exact)
+                difference = self._settled(model, number, exact, numbers)
                 if difference is not None:
                     return difference
         return None
 
-    def _numbers(self) -> tuple[int, ...]:
-        """Which runs are compared, in order."""
-        if self.thorough:
+    def _numbers(self, model: nn.Module) -> tuple[int, ...]:
+        """Which runs are compared with those of `model`, in order."""
+        one_will_do = not self._training(0) and self.calls is not None and alike(self.model, model, self.calls)
+        if self.thorough and not one_will_do:
             return 0, 1
+        if not self.thorough and one_will_do:
+            return (0,)
         other = 1 if self._training(1) else 0
         return (0,) if self._run(other).error else (other,)
 
@@ -158,30 +167,30 @@ class Reference:
             with seeded(SEED):
                 return _shown(clone, inputs, output, self._buffers, self.thorough if gradients else None)
         except Exception as error:  # the model's own failure is part of its behaviour
-            return Run("", {}, f"{type(error).__name__} ({_first_line(error)})", _running(clone, error))
+            return _failed(error, _running(clone, error))
         finally:
             writes.undo()
 
-    def _settled(self, model: nn.Module, number: int, exact: bool) -> Difference | None:
+    def _settled(self, model: nn.Module, number: int, exact: bool, numbers: tuple[int, ...]) -> Difference | None:
         """The difference that remains when both run anew, with gradients.
 
         The recorder's hooks may have changed the path that the reference took, and without gradients torch chooses
         kernels by whether a weight is a parameter or computed from one.
         """
         if number not in self._repeated:
-            self._repeated[number] = self._again(self.model, number)
-        fresh, found = self._repeated[number], self._again(model, number)
+            self._repeated[number] = self._again(self.model, number, numbers)
+        fresh, found = self._repeated[number], self._again(model, number, numbers)
         what = _difference(fresh, found, exact)
         if what is None:
             return None
-        if _difference(fresh, self._again(self.model, number), exact) is not None:
+        if _difference(fresh, self._again(self.model, number, numbers), exact) is not None:
             self.repeats = False
         rounding = _difference(fresh, found, False) is None
         return Difference(what, self._training(number), rounding, found.raised_in)
 
-    def _again(self, model: nn.Module, number: int) -> Run:
+    def _again(self, model: nn.Module, number: int, numbers: tuple[int, ...]) -> Run:
         clone = isolated_clone(model, to_run=True)
-        return [self._perform(clone, each, gradients=True) for each in self._numbers() if each <= number][-1]
+        return [self._perform(clone, each, gradients=True) for each in numbers if each <= number][-1]
 
 
 def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Recording, Reference]:
@@ -193,8 +202,10 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     run = recorded_run(model, args, kwargs)
     work = sum(use.macs or 0 for use in run.recording.uses) + sum(p.macs for p in run.recording.activation_products)
     work += sum(parameter.numel() for parameter in model.parameters())
-    reference = Reference(model, args, kwargs, run.training, work <= _LITTLE_WORK)
+    reference = Reference(model, args, kwargs, run.training, work <= _LITTLE_WORK, run.recording.calls)
     reference._with_gradients[0] = run.gradients
+    if run.failure is not None:
+        reference._runs[1] = _failed(run.failure)
     if not run.recording.written:  # else its gradients would be those of the values that were put back
         reference._clone = run.clone
         compared = reference.thorough if run.gradients else None
@@ -215,6 +226,10 @@ def _running(model: nn.Module, error: BaseException) -> tuple[str, ...]:
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "forward"]
     found = (paths.get(id(frame.f_locals.get("self"))) for frame in reversed(frames))
     return tuple(dict.fromkeys(path for path in found if path is not None))
+
+
+def _failed(error: Exception, raised_in: tuple[str, ...] = ()) -> Run:
+    return Run("", {}, f"{type(error).__name__} ({_first_line(error)})", raised_in)
 
 
 def _first_line(error: BaseException) -> str:

@@ -7,6 +7,7 @@ import threading
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from operator import is_
 from types import FrameType
 from typing import Any
 
@@ -44,55 +45,66 @@ def unchanged(root: nn.Module) -> Iterator[None]:
         for path, module in modules_of(root)
         if not isinstance(module, torch.jit.ScriptModule)  # which look their methods up when they are first read
     ]
+    found = ""
     try:
         yield
-        for path, module, state, contents in before:
-            now = module.__dict__
-            changed = [key for key in {**state, **now} if state.get(key, root) is not now.get(key, root)]
-            changed += [key for key, value in contents.items() if value != _shallow(module.__dict__[key])]
-            if changed:
-                raise Untraceable(
-                    f"calling it changes the attribute `{f'{path}.{changed[0]}'.lstrip('.')}`",
-                    "keep state in buffers that are updated in place",
-                )
     finally:
-        for _, module, state, contents in before:
+        for path, module, state, contents in before:
+            name = _changed(module, state, contents)
+            if name is None:
+                continue
+            found = found or f"{path}.{name}".lstrip(".")
             module.__dict__.clear()
             module.__dict__.update(state)
             for key, value in contents.items():
                 _refill(module.__dict__[key], value)
+    if found:
+        raise Untraceable(
+            f"calling it changes the attribute `{found}`", "keep state in buffers that are updated in place"
+        )
 
 
 def _contents(module: nn.Module) -> dict[str, Any]:
-    return {key: _shallow(value) for key, value in module.__dict__.items() if type(value) in (list, dict, set)}
+    return {key: value.copy() for key, value in module.__dict__.items() if type(value) in (list, dict, set)}
 
 
-def _shallow(value: Any) -> list[tuple[int, int]]:
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    return [_Held(key, item) for key, item in items]
+def _changed(module: nn.Module, state: dict[str, Any], contents: dict[str, Any]) -> str | None:
+    """The first attribute that is not as it was."""
+    now = module.__dict__
+    if not _same_items(now, state):
+        missing = object()
+        changed = (key for key in {**state, **now} if state.get(key, missing) is not now.get(key, missing))
+        return next(changed, next(iter(state), ""))  # or only their order
+    for key, value in contents.items():
+        container = state[key]
+        if (container or value) and not _same_container(container, value):
+            return key
+    return None
 
 
-class _Held(tuple[int, int]):
-    """Identities of a key and its value, which it keeps alive."""
-
-    held: tuple[Any, Any]
-
-    def __new__(cls, key: Any, item: Any) -> _Held:
-        result = super().__new__(cls, (hash(key), id(item)))
-        result.held = (key, item)
-        return result
+def _same_items(now: dict[Any, Any], before: dict[Any, Any]) -> bool:
+    if len(now) != len(before) or not all(map(is_, now.values(), before.values())):
+        return False
+    return all(map(is_, now, before)) or all(map(_same_key, now, before))
 
 
-def _refill(container: Any, held: list[Any]) -> None:
+def _same_key(key: Any, other: Any) -> bool:
+    return key is other or hash(key) == hash(other)
+
+
+def _same_container(now: Any, before: Any) -> bool:
+    """Whether both hold the same objects in the same order."""
+    if isinstance(now, dict):
+        return _same_items(now, before)
+    return len(now) == len(before) and all(map(is_, now, before))
+
+
+def _refill(container: Any, held: Any) -> None:
     container.clear()
-    for entry in held:
-        key, item = entry.held
-        if isinstance(container, dict):
-            container[key] = item
-        elif isinstance(container, set):
-            container.add(item)
-        else:
-            container.append(item)
+    if isinstance(container, list):
+        container.extend(held)
+    else:
+        container.update(held)
 
 
 def _refusal(reason: str, mend: str) -> Callable[..., Any]:

@@ -147,12 +147,8 @@ def _bilinear(call: _Call) -> Product:
 
 def _recurrent(call: _Call) -> Product:
     """`lstm(input, hx, params, ...)` or, packed, `lstm(data, batch_sizes, hx, params, ...)`: one use a time step."""
-    place, params = next(
-        (i, value)
-        for i, value in enumerate(call.args)
-        if isinstance(value, list | tuple) and len(value) > 2 and all(isinstance(item, Tensor) for item in value)
-    )
-    x = call.args[0]
+    place = 3 if isinstance(call.args[3], list | tuple) else 2
+    x, params = call.args[0], call.args[place]
     steps = x.shape[0] if place == 3 else x.numel() // max(x.shape[-1], 1)
     operands = tuple(
         Operand(f"params[{i}]", weight, steps * weight.numel() if weight.ndim > 1 else 0)

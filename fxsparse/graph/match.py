@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from fxsparse.errors import CaptureError
 from fxsparse.graph.edit import resolve
+from fxsparse.graph.tree import parameters_of
 from fxsparse.sparsity.layout import Layout
 
 
@@ -108,14 +109,15 @@ def op_name(node: fx.Node) -> str:
 
 def parameter_reads(module: fx.GraphModule) -> dict[str, tuple[fx.Node, ...]]:
     """Every ``get_attr`` node that reads a parameter, by the parameter's name (the first of its names in `module`)."""
-    first = {id(parameter): name for name, parameter in module.named_parameters()}
     reads: dict[str, tuple[fx.Node, ...]] = {}
-    for node in module.graph.nodes:
-        if node.op == "get_attr":
-            value = resolve(module, str(node.target))
-            if isinstance(value, nn.Parameter) and id(value) in first:
-                name = first[id(value)]
-                reads[name] = (*reads.get(name, ()), node)
+    first: dict[int, str] | None = None
+    for node in module.graph.find_nodes(op="get_attr"):
+        value = resolve(module, str(node.target))
+        if first is None:
+            first = {id(parameter): name for name, parameter in parameters_of(module)}
+        if isinstance(value, nn.Parameter) and id(value) in first:
+            name = first[id(value)]
+            reads[name] = (*reads.get(name, ()), node)
     return reads
 
 
@@ -129,6 +131,8 @@ def weight_uses(module: fx.GraphModule) -> tuple[WeightUse, ...]:
     for name, reads in parameter_reads(module).items():
         for read in reads:
             chains[read] = [(name, read, ())]
+    if not chains:
+        return ()
     uses: list[WeightUse] = []
     order = {node: place for place, node in enumerate(module.graph.nodes)}
     for node in order:

@@ -117,6 +117,7 @@ class RecordedRun:
         output: what came out, opened.
         gradients: whether the run took place with gradients.
         training: the mode that it ran in.
+        failure: what the model raised in its own mode, where it ran in the other one therefore.
     """
 
     recording: Recording
@@ -125,6 +126,7 @@ class RecordedRun:
     output: Any
     gradients: bool
     training: bool
+    failure: Exception | None = None
 
 
 def recorded_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RecordedRun:
@@ -137,7 +139,8 @@ def recorded_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     first: Exception | None = None
     for training, gradients in ((mode, mode), (mode, not mode), (not mode, not mode), (not mode, mode)):
         try:
-            return _recorded_run(model, args, kwargs, training, gradients)
+            done = _recorded_run(model, args, kwargs, training, gradients)
+            return done if training is mode else replace(done, failure=first)
         except CaptureError:
             raise
         except Exception as error:  # whatever the user's forward raises

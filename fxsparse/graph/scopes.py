@@ -86,7 +86,7 @@ def seeded(seed: int) -> Iterator[None]:
 @contextmanager
 def mode_of(model: nn.Module, training: bool) -> Iterator[None]:
     """Set the training flag of every module of `model`, without calling `train`, and restore each on leaving."""
-    before = [(module, module.training) for _, module in modules_of(model)]
+    before = [(module, _flag(module)) for _, module in modules_of(model)]
     try:
         for module, flag in before:
             if flag is not training:
@@ -94,5 +94,10 @@ def mode_of(model: nn.Module, training: bool) -> Iterator[None]:
         yield
     finally:
         for module, flag in before:
-            if module.training is not flag:
+            if _flag(module) is not flag:
                 module.training = flag
+
+
+def _flag(module: nn.Module) -> bool:
+    known = module.__dict__
+    return known["training"] if "training" in known else module.training  # scripted modules

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Collection, Hashable
 from dataclasses import dataclass
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 from fxsparse.graph.captured import CapturedModule, SignatureCodeGen
 from fxsparse.graph.culprits import readers_between
 from fxsparse.graph.guards import NOTHING, Untraceable, noticing_modes, refusing_contexts, unchanged
+from fxsparse.graph.proxies import AttributeProxy, ValueProxy
 from fxsparse.graph.scopes import mode_of, preserved_rng, rng_fingerprint
 from fxsparse.graph.trace_errors import why_untraceable
 
@@ -183,33 +184,46 @@ def _hides_its_mode(module: nn.Module) -> bool:
     return any("training" in base.__dict__ for kind in kinds for base in kind.__mro__ if base is not nn.Module)
 
 
-class _Proxy(fx.Proxy):
-    """A proxy that notices `isinstance` tests made outside torch: they would see the proxy's type, not the value's."""
-
-    @property  # type: ignore[misc]  # the protocol of isinstance()
-    def __class__(self) -> type:
-        frame = sys._getframe(1)
-        caller = str(frame.f_globals.get("__name__", ""))
-        if not caller.startswith(("torch.", "fxsparse.graph")) or frame.f_code is torch.is_tensor.__code__:
-            tracer = object.__getattribute__(self, "tracer")
-            tracer.assumptions.append(f"a type test on `{self.node.name}` in {caller}.{frame.f_code.co_name}")
-        return type(self)
-
-
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def __init__(self) -> None:
         super().__init__()
         self.assumptions: list[str] = []
+        self.names: dict[int, str] = {}
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
+        return ValueProxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return is_leaf(m) or is_layer(m)
 
     def create_arg(self, a: Any) -> Any:
+        kind: type = type(a)
+        if kind is ValueProxy or kind is AttributeProxy:
+            return a.node
+        if kind in _CONSTANTS:
+            return a
+        if kind is tuple:
+            return tuple([self.create_arg(item) for item in a])
+        if kind is list:
+            return [self.create_arg(item) for item in a]
+        if kind is slice:
+            return slice(self.create_arg(a.start), self.create_arg(a.stop), self.create_arg(a.step))
+        if kind is nn.Parameter:
+            return self._read_parameter(a)
+        return self._create_rare_arg(a)
+
+    def _read_parameter(self, parameter: nn.Parameter) -> Any:
+        name = self.names.get(id(parameter))
+        if name is None:
+            self.names = {id(found): name for name, found in self.root.named_parameters()}
+            name = self.names.get(id(parameter))
+        if name is None:
+            return super().create_arg(parameter)
+        return self.create_node("get_attr", name, (), {})
+
+    def _create_rare_arg(self, a: Any) -> Any:
         if isinstance(a, dict) and type(a) not in (dict, immutable_dict):
             kind = type(a).__name__
             raise Untraceable(f"it makes a mapping of type {kind}, which a graph would turn into a dict", NOTHING)
@@ -220,6 +234,11 @@ class _Tracer(fx.Tracer):
                     "register it as a buffer, or derive it from an input",
                 )
         return super().create_arg(a)
+
+
+_CONSTANTS = frozenset(
+    {bool, int, float, complex, str, type(None), EllipsisType, torch.dtype, torch.device, torch.layout}
+)
 
 
 def check_root(module: nn.Module, kept: Collection[str] = ()) -> None:

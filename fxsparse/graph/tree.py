@@ -22,6 +22,19 @@ def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return found
 
 
+def places_of_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every module under each of its paths, as `named_modules(remove_duplicate=False)` yields them."""
+    found: list[tuple[str, nn.Module]] = []
+    ahead: list[tuple[str, nn.Module]] = [("", model)]
+    while ahead:
+        path, module = ahead.pop()
+        found.append((path, module))
+        if module._modules:
+            prefix = f"{path}." if path else ""
+            ahead += [(prefix + name, child) for name, child in module._modules.items() if child is not None][::-1]
+    return found
+
+
 def parameters_of(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Every parameter once, under its first name, as `named_parameters` yields them."""
     found: dict[int, tuple[str, nn.Parameter]] = {}

@@ -13,11 +13,13 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from fxsparse.errors import ConfigError
+from fxsparse.nn.attention import SizedMultiheadAttention
 from fxsparse.nn.masked import beside_mask, bind_guard, mask_name, mask_of, row_order_name
 from fxsparse.nn.slot import slots_of
 from fxsparse.nn.spec import MaskSpec
+from fxsparse.passes import compact_recurrent
 from fxsparse.passes.compact_solve import Merge
-from fxsparse.passes.places import _replace_in_attributes
+from fxsparse.passes.places import replace_in_attributes
 from fxsparse.sparsity import Unstructured
 
 Indices = npt.NDArray[np.int64]
@@ -64,7 +66,7 @@ def shorten(
                 module._parameters[attribute] = shorter[id(old)]
                 if attribute in slots_of(module) and _shorten_mask(module, attribute, shape, dims, done):
                     loosened.append(name)
-    _replace_in_attributes(model, shorter)
+    replace_in_attributes(model, shorter)
     for module in model.modules():
         describe(module)
     return tuple(dict.fromkeys(loosened))
@@ -170,6 +172,12 @@ def _legal(spec: MaskSpec, mask: Tensor) -> bool:
 
 def describe(module: nn.Module) -> None:
     """Let the attributes of torch's own layers say what shape their parameters have."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return
+    if isinstance(module, SizedMultiheadAttention):
+        module.describe()
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        compact_recurrent.describe(module)
     weight = module._parameters.get("weight")
     if weight is None:
         return
@@ -187,7 +195,9 @@ def describe(module: nn.Module) -> None:
         module.num_channels = weight.shape[0]
     elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
         module.normalized_shape = tuple(weight.shape)
-    elif isinstance(module, nn.Embedding):
+    elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
         module.embedding_dim = weight.shape[1]
+    elif isinstance(module, nn.Bilinear):
+        module.out_features, module.in1_features, module.in2_features = weight.shape
     elif isinstance(module, nn.PReLU):
         module.num_parameters = weight.shape[0]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,17 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from fxsparse.errors import CaptureError, DataError, FxSparseError, PassError
-from fxsparse.graph import split_inputs
-from fxsparse.graph.channels import Channels, analyse, closed_paths
+from fxsparse.graph import isolated_clone, split_inputs
+from fxsparse.graph.channels import Channels, analyse, closed_paths, open_norms
 from fxsparse.graph.mishaps import mishap
 from fxsparse.graph.operators import OperatorGraph, operator_graph
 from fxsparse.nn.masked import mask_name
 from fxsparse.nn.slot import slots_of
 from fxsparse.passes.compact_apply import shorten
+from fxsparse.passes.compact_attention import opened
+from fxsparse.passes.compact_blocks import solve_in_blocks
 from fxsparse.passes.compact_constants import propagate
 from fxsparse.passes.compact_shapes import rewrite
 from fxsparse.passes.compact_solve import NOTHING, Place, Solution, Solver
-from fxsparse.passes.compact_verify import difference, outputs, owned_copy, release, sweep
+from fxsparse.passes.compact_verify import difference, outputs, own_tensors, owned_copy, release, run_copy, sweep
+from fxsparse.passes.compact_widen import worth_streaming
 
 TOLERANCE = 1e-12
 """Permitted difference of an output in float64, relative to its largest value."""
@@ -84,6 +88,8 @@ def compact_channels(
     example_inputs: Any,
     only: Mapping[Place, Sequence[int]] | None = None,
     channels: Channels | None = None,
+    *,
+    blocks: bool = False,
 ) -> Compacted:
     """Take the channels out of `model` that `folded`, the same model without masks, shows to be superfluous.
 
@@ -96,6 +102,7 @@ def compact_channels(
         example_inputs: a tuple of positional inputs, or ``(args, kwargs)``.
         only: the only indices of dimensions that may go; None = all.
         channels: the channels, where they have been analysed.
+        blocks: whether 2-d convolutions keep whole blocks of channels, dead ones among them (see `solve_in_blocks`).
 
     Raises:
         CaptureError: when the model cannot be run.
@@ -109,7 +116,7 @@ def compact_channels(
         solver = _solver(folded, found, only)
         del folded  # the search needs no second copy of the model
         sweep(model)
-        return _Search(model, solver, args, kwargs).run()
+        return _Search(model, solver, args, kwargs, blocks).run()
     except FxSparseError:
         raise
     except Exception as error:
@@ -127,13 +134,15 @@ def analysed(folded: nn.Module, example_inputs: Any) -> Channels:
 
 def _graph(folded: nn.Module, example_inputs: Any) -> OperatorGraph:
     sweep(folded)
-    graph = operator_graph(folded, example_inputs, routes=("recorder",))
+    graph = operator_graph(opened(folded), example_inputs, routes=("recorder",))
     sweep(folded)
     return graph
 
 
 def _analysed(folded: nn.Module, example_inputs: Any, graph: OperatorGraph) -> Channels:
-    return analyse(graph, closed_paths(folded), _train_graphs(folded, example_inputs, graph), _read_masks(folded))
+    closed = [path for path in closed_paths(folded) if type(folded.get_submodule(path)) is not nn.MultiheadAttention]
+    others, tied = _train_graphs(folded, example_inputs, graph), _read_masks(folded)
+    return analyse(graph, closed, others, tied, open_norms(folded))
 
 
 def _solver(folded: nn.Module, channels: Channels, only: Mapping[Place, Sequence[int]] | None) -> Solver:
@@ -158,17 +167,21 @@ def _train_graphs(folded: nn.Module, example_inputs: Any, graph: OperatorGraph) 
     if not graph.unread:
         return ()
     try:
-        train = operator_graph(folded, example_inputs, training=True, routes=("recorder",))
+        train = operator_graph(opened(folded), example_inputs, training=True, routes=("recorder",))
     except CaptureError:
         return ()
     return (train,) if set(graph.unread) - set(train.unread) else ()
 
 
 class _Search:
-    def __init__(self, model: nn.Module, solver: Solver, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.model, self.solver, self.inputs = model, solver, (args, kwargs)
+    def __init__(
+        self, model: nn.Module, solver: Solver, args: tuple[Any, ...], kwargs: dict[str, Any], blocks: bool = False
+    ) -> None:
+        self.model, self.solver, self.inputs, self.blocks = model, solver, (args, kwargs), blocks
+        self.filling = 0  # superfluous channels that stay to fill blocks
         self.dtype: torch.dtype | None = torch.float64
         self.writes = False  # whether a run writes into parameters
+        self.streamed = worth_streaming(model)  # whether large parameters are cast operator by operator
         self.expected: list[Tensor] = []
         self.attempts, self.worst = 0, 0.0
         self.equal: Solution | None = None  # the last one that was found equal
@@ -184,6 +197,8 @@ class _Search:
             try:
                 self.expected = self._outputs(wide, False)
             except Exception:  # whatever a model raises that fixes its dtype
+                if self.streamed:
+                    raise
                 self.dtype = None
                 release(wide)
                 wide = self._wide()
@@ -206,8 +221,10 @@ class _Search:
             if output.is_floating_point() and not bool(torch.isfinite(output).any()) and output.numel():
                 raise DataError(f"output {index} holds no finite number, so equality cannot be shown: mend the model")
 
-    def _wide(self) -> nn.Module:
-        """A copy of the model in the precision of the comparison."""
+    def _wide(self, solution: Solution = NOTHING) -> nn.Module:
+        """A copy of the model in the precision of the comparison, to which the solution can be applied."""
+        if self.streamed and self.dtype is not None:
+            return run_copy(self.model, self.dtype, _written(solution))
         return owned_copy(self.model, self.dtype)
 
     def _again(self, model: nn.Module) -> list[Tensor]:
@@ -222,11 +239,10 @@ class _Search:
 
     def run(self) -> Compacted:
         """Solve, try, and search for what fails."""
-        solution = self.solver.solve()
+        solution = self._solved()
         if not solution.kept:
             return self._finish(solution)
-        self._refer()
-        error = self._attempt(solution)
+        error = self._first(solution)
         if error is None:
             return self._finish(solution)
         clusters = solution.clusters
@@ -238,6 +254,23 @@ class _Search:
             self._grow(clusters[:middle], clusters, accepted)
             self._grow(clusters[middle:], clusters, accepted)
         return self._finish(self.equal or dataclasses.replace(NOTHING, blocked=solution.blocked))
+
+    def _solved(self) -> Solution:
+        if not self.blocks:
+            return self.solver.solve()
+        solution, self.filling = solve_in_blocks(self.solver)
+        return solution
+
+    def _first(self, solution: Solution) -> str | None:
+        """Run the model, and try all at once; with a wide copy of all parameters where it fails without."""
+        if self.streamed:
+            with suppress(Exception):  # whatever it is, it comes again where it was not for the casts
+                self._refer()
+                if self._attempt(solution) is None:
+                    return None
+            self.streamed, self.attempts = False, 0
+        self._refer()
+        return self._attempt(solution)
 
     def _allowed(self) -> float:
         if self.dtype is not None:
@@ -274,7 +307,7 @@ class _Search:
     def _attempt(self, solution: Solution) -> str | None:
         """Why the model is not equal without these channels; None where it is."""
         self.attempts += 1
-        candidate = self._wide()
+        candidate = self._wide(solution)
         try:
             return self._tried(candidate, solution)
         finally:
@@ -318,9 +351,10 @@ class _Search:
         return shorten(model, solution.kept, solution.folds, solution.merges)
 
     def _finish(self, solution: Solution) -> Compacted:
-        module, loosened = owned_copy(self.model), tuple[str, ...]()
+        module, loosened = isolated_clone(self.model, copied=_written(solution)), tuple[str, ...]()
         try:
             loosened = self._shorten(module, solution) if solution.kept else ()
+            own_tensors(module, self.model)
         except Exception as error:
             self.refused = [Refused((), mishap("the last shortening", error))]
             module, solution = owned_copy(self.model), NOTHING
@@ -329,6 +363,9 @@ class _Search:
             notes = (self.trained if isinstance(self.trained, str) else self.train_note,)
             if self.dtype is None:
                 notes = (*notes, "the model does not run in float64; it was compared in its own precision")
+        if self.filling:
+            said = "onnxruntime convolves blocks of 16 (8) channels"
+            notes = (*notes, f"{self.filling} superfluous channels stay, as zeros: {said}")
         return Compacted(
             module=module,
             solution=solution,
@@ -339,6 +376,11 @@ class _Search:
             worst=self.worst,
             notes=notes,
         )
+
+
+def _written(solution: Solution) -> set[str]:
+    """The parameters into which constants are folded before anything is shortened."""
+    return {*solution.folds, *(merge.weight for merge in solution.merges)}
 
 
 def _first_line(error: Exception) -> str:

@@ -15,8 +15,10 @@ from torch import Tensor, fx
 
 from fxsparse.graph.channels_flow import bound, factor_groups, op_of, shape_of, tensor_arguments
 from fxsparse.graph.channels_moves import piece_sizes
+from fxsparse.graph.channels_recurrent import GATES
 from fxsparse.graph.channels_rules import is_pointwise
 from fxsparse.graph.operators import OperatorGraph
+from fxsparse.passes import compact_gather, compact_recurrent
 from fxsparse.passes import compact_products as products
 from fxsparse.passes.compact_known import Known, broadcast, get, or_unknown
 
@@ -65,7 +67,9 @@ def _apply(node: fx.Node, found: Mapping[fx.Node, Known]) -> Any:
         return None
     arguments = tensor_arguments(node)
     name, tags = op_of(node), node.target.tags
-    random = torch.Tag.nondeterministic_seeded in tags and name not in (*_IDENTITIES, *_ATTENTION)
+    random = torch.Tag.nondeterministic_seeded in tags and name not in (*_IDENTITIES, *_ATTENTION, *GATES)
+    if name in compact_gather.CREATED:
+        return compact_gather.created(node, found)
     if not any(argument in found for argument in arguments) or random:
         return None
     if all(argument in found and found[argument].static for argument in arguments):
@@ -89,6 +93,8 @@ def _evaluated(node: fx.Node, found: Mapping[fx.Node, Known]) -> Any:
         return None
     if isinstance(result, Tensor):
         return _static(result) if result.shape == shape_of(node) else None
+    if not isinstance(result, tuple | list):  # a number that Python reads
+        return None
     return [_static(item) if isinstance(item, Tensor) else None for item in result]
 
 
@@ -320,6 +326,7 @@ _RULES: dict[str, Callable[[fx.Node, Mapping[fx.Node, Known]], Any]] = {
     **dict.fromkeys(("convolution", "conv1d", "conv2d", "conv3d"), products.conv),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), products.conv),
     **dict.fromkeys(("batch_norm", "native_batch_norm", "_native_batch_norm_legit_no_training"), products.batch_norm),
+    **dict.fromkeys(("layer_norm", "native_layer_norm", "rms_norm"), products.layer_norm),
     **dict.fromkeys(_POOLS, products.pooled),
     **dict.fromkeys(("max_pool2d_with_indices", "max_pool3d_with_indices"), products.pooled),
     **dict.fromkeys(
@@ -331,6 +338,9 @@ _RULES: dict[str, Callable[[fx.Node, Mapping[fx.Node, Known]], Any]] = {
     **dict.fromkeys(("matmul", "mm", "bmm"), products.matmul),
     **dict.fromkeys(_ATTENTION, products.attention),
     **dict.fromkeys(("prelu", "_prelu_kernel"), products.prelu),
+    **compact_gather.RULES,
+    **dict.fromkeys(GATES, compact_recurrent.known),
+    **{f"{kind}_cell": compact_recurrent.known for kind in GATES},
     "addmm": products.addmm,
     "einsum": products.einsum,
     "embedding": products.embedding,

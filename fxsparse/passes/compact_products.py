@@ -12,6 +12,18 @@ from torch import Tensor, fx
 from fxsparse.graph.channels_flow import bound, op_of, shape_of, tensor_arguments
 from fxsparse.passes.compact_known import Known, get, or_unknown
 
+_BLOCK = 1 << 18
+
+
+def blocks(tensor: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
+    """Parts of a tensor along a dimension, none with more than 2^18 elements unless one index has them.
+
+    What is made of a whole large weight, in float64, is large: freed between small results that stay, it would leave
+    the memory of the process in pieces.
+    """
+    count = -(-tensor.numel() // _BLOCK)
+    return tensor.chunk(max(1, min(count, tensor.shape[dim])), dim)
+
 
 def linear(node: fx.Node, found: Mapping[fx.Node, Known]) -> Known | None:
     """A linear layer."""
@@ -20,7 +32,7 @@ def linear(node: fx.Node, found: Mapping[fx.Node, Known]) -> Known | None:
     if weight is None or not weight.static:
         return None
     x = x or or_unknown(a["input"], found)
-    return _affine(x, weight.value, bias, shape_of(a["input"])[-1], isinstance(a["bias"], fx.Node))
+    return _affine(x, weight.stored, bias, shape_of(a["input"])[-1], isinstance(a["bias"], fx.Node))
 
 
 def _affine(x: Known, weight: Tensor, bias: Known | None, size: int, biased: bool) -> Known | None:
@@ -30,8 +42,9 @@ def _affine(x: Known, weight: Tensor, bias: Known | None, size: int, biased: boo
     wide = (*x.value.shape[:-1], size)
     value = torch.where(x.known, x.value, 0.0).expand(wide)
     missing = (~x.known).expand(wide).double()
-    known = missing @ (weight != 0).double().T == 0
-    return Known(value @ weight.T + (bias.value if bias is not None else 0.0), known)
+    parts = [(value @ rows.double().T, missing @ (rows != 0).double().T == 0) for rows in blocks(weight)]
+    found, known = (torch.cat(each, -1) for each in zip(*parts, strict=True))
+    return Known(found + (bias.value if bias is not None else 0.0), known)
 
 
 def conv(node: fx.Node, found: Mapping[fx.Node, Known]) -> Known | None:
@@ -48,9 +61,8 @@ def conv(node: fx.Node, found: Mapping[fx.Node, Known]) -> Known | None:
     if pads(node) or transposed:  # the border sees fewer taps: only zeros stay constant
         known = x.zero
     taps = tuple(range(2, weight.stored.ndim))
-    total, alive = weight.stored.sum(taps, dtype=torch.float64), (weight.stored != 0).any(dim=2)
-    while alive.ndim > 2:
-        alive = alive.any(-1)
+    total = torch.cat([rows.sum(taps, dtype=torch.float64) for rows in blocks(weight.stored)])
+    alive = torch.cat([(rows != 0).flatten(2).any(-1) for rows in blocks(weight.stored)])
     channels = shape_of(a["input"])[1]
     wide = (x.value.shape[0], channels)
     value = torch.where(known, x.value, 0.0).reshape(x.value.shape[:2]).expand(wide)
@@ -94,6 +106,23 @@ def batch_norm(node: fx.Node, found: Mapping[fx.Node, Known]) -> Any:
         value = (x.value - mean) * (variance + a["eps"]).rsqrt() * (1.0 if weight is None else weight)
     value = value if bias is None else value + bias
     result = Known(value, x.known.expand(value.shape))
+    return result if node.meta.get("shape") is not None else [result]
+
+
+def layer_norm(node: fx.Node, found: Mapping[fx.Node, Known]) -> Any:
+    """Features without a weight are their bias, whatever the norm is."""
+    a = bound(node)
+    weight, bias = get(a["weight"], found), get(a.get("bias"), found)
+    if (
+        weight is None
+        or not weight.static
+        or (isinstance(a.get("bias"), fx.Node) and (bias is None or not bias.static))
+    ):
+        return None
+    dead = weight.stored == 0
+    shape = (*(1 for _ in range(len(shape_of(a["input"])) - dead.ndim)), *dead.shape)
+    value = torch.zeros(shape, dtype=torch.float64) if bias is None else bias.value.reshape(shape)
+    result = Known(value, dead.reshape(shape))
     return result if node.meta.get("shape") is not None else [result]
 
 

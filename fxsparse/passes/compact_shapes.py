@@ -21,11 +21,13 @@ from fxsparse.graph.channels import Channels
 from fxsparse.graph.channels_atoms import Labels
 from fxsparse.graph.channels_flow import bound, op_of, shape_of
 from fxsparse.nn import masked_weight
+from fxsparse.passes import compact_attention, compact_norms
 from fxsparse.passes.compact_sinks import Bools
 
 _STATED = frozenset(
     ("view", "reshape", "_unsafe_view", "unflatten", "expand", "slice", "narrow")
     + ("split", "chunk", "split_with_sizes", "unsafe_split", "unsafe_chunk")
+    + ("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty")
 )
 
 
@@ -71,19 +73,25 @@ def rewrite(model: nn.Module, channels: Channels, removed: Bools) -> None:
             module.graph.lint()
             module.recompile()
     _follow(model, sizes, set(graphs))
+    compact_attention.resize(model, channels, removed)
+    compact_norms.resize(model, channels, removed)
 
 
 def _rewrite_node(sizes: Sizes, path: str, node: fx.Node) -> bool:
     values = sizes.values(path, node.name)
     if not values or node.op not in ("call_function", "call_method"):
         return False
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    rule = _RULES.get(str(name).rstrip("_"))
+    rule = _RULES.get(_name(node))
     if rule is None:
         return False
     before = (node.args, dict(node.kwargs), node.target)
     rule(sizes, node, values[0], _operand(sizes, path, node))
     return before != (node.args, dict(node.kwargs), node.target)
+
+
+def _name(node: fx.Node) -> str:
+    """The plain name of a function or method: ``getitem`` for ``Tensor.__getitem__``."""
+    return str(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")).strip("_")
 
 
 def _operand(sizes: Sizes, path: str, node: fx.Node) -> fx.Node | None:
@@ -124,6 +132,21 @@ def _view(sizes: Sizes, node: fx.Node, value: Any, operand: fx.Node | None) -> N
     elif not rest:
         key = "shape" if "shape" in node.kwargs else "size"
         node.kwargs = {**node.kwargs, key: tuple(_stated(node.kwargs[key], old, new))}  # type: ignore[arg-type]
+
+
+def _created(sizes: Sizes, node: fx.Node, value: Any, operand: fx.Node | None) -> None:
+    """zeros((2, 3)), zeros(2, 3), x.new_zeros((2, 3)): the sizes begin behind the tensor, if there is one."""
+    if not isinstance(value, fx.Node):
+        return
+    old, new = shape_of(value), sizes.new(value)
+    start = 1 if node.args and isinstance(node.args[0], fx.Node) and "new" in _name(node) else 0
+    given = node.args[start:]
+    if old == new or not given:
+        return
+    if isinstance(given[0], list | tuple):
+        node.args = (*node.args[:start], tuple(_stated(given[0], old, new)), *given[1:])
+    elif len(given) >= len(old):
+        node.args = (*node.args[:start], *_stated(given[: len(old)], old, new), *given[len(old) :])
 
 
 def _entry(node: fx.Node, shape: fx.Node, axis: int) -> fx.Node:
@@ -221,6 +244,7 @@ def _attention(sizes: Sizes, node: fx.Node, value: Any, operand: fx.Node | None)
 _RULES: Mapping[str, Callable[[Sizes, fx.Node, Any, fx.Node | None], None]] = {
     **dict.fromkeys(("view", "reshape", "expand", "broadcast_to"), _view),
     **dict.fromkeys(("split", "chunk", "split_with_sizes"), _split),
+    **dict.fromkeys(("zeros", "ones", "empty", "full", "new_zeros", "new_ones", "new_empty", "new_full"), _created),
     **{f"conv{n}d": _groups(6, "groups") for n in (1, 2, 3)},
     **{f"conv_transpose{n}d": _groups(6, "groups") for n in (1, 2, 3)},
     "group_norm": _groups(1, "num_groups"),
@@ -247,6 +271,8 @@ def _follow(model: nn.Module, sizes: Sizes, graphs: set[str]) -> None:
                 pairs.setdefault(path, {}).setdefault(old, set()).add(new)
     for path, changes in pairs.items():
         module = model.get_submodule(path)
+        if isinstance(module, nn.RNNBase | nn.RNNCellBase | nn.MultiheadAttention):
+            continue  # their sizes are read off their parameters
         single = {old: next(iter(new)) for old, new in changes.items() if len(new) == 1}
         _update(module, {old: new for old, new in single.items() if old != new})
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,8 +13,10 @@ from torch import Tensor, fx
 from fxsparse.graph.channels import Channels
 from fxsparse.graph.channels_atoms import Labels
 from fxsparse.graph.channels_flow import bound, op_of, shape_of, tensor_arguments
+from fxsparse.graph.channels_recurrent import recurrent_of
+from fxsparse.passes import compact_recurrent
 from fxsparse.passes.compact_known import Known
-from fxsparse.passes.compact_products import pads
+from fxsparse.passes.compact_products import blocks, pads
 
 Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
@@ -74,9 +76,11 @@ class Meeting:
     reason: str
 
 
-def find_sinks(channels: Channels, found: Mapping[fx.Node, Known]) -> tuple[list[Sink], list[Meeting]]:
-    """All the places where channels end, in the order of the graph."""
-    finder = _Finder(channels, found)
+def find_sinks(
+    channels: Channels, found: Mapping[fx.Node, Known], through: Collection[str] = ("sum",)
+) -> tuple[list[Sink], list[Meeting]]:
+    """All the places where channels end, in the order of the graph; mixings of the kinds `through` miss no zeros."""
+    finder = Finder(channels, found)
     for graph in channels.graphs:
         for node in graph.graph.nodes:
             if node.op == "call_function":
@@ -84,13 +88,20 @@ def find_sinks(channels: Channels, found: Mapping[fx.Node, Known]) -> tuple[list
     for mixing in channels.flow.mixings:
         axis = next((i for i, d in enumerate(channels.flow.of(mixing.operand)) if d is mixing.labels), None)
         harmless = np.zeros(mixing.labels.size, dtype=bool)
-        if mixing.kind == "sum" and axis is not None:
+        if mixing.kind in through and axis is not None:
             harmless = finder.zero(mixing.operand, axis, mixing.labels.size)
         finder.meetings.append(Meeting(mixing.node, mixing.labels, harmless, f"is read as a whole by a {mixing.kind}"))
     return finder.sinks, finder.meetings
 
 
-class _Finder:
+class Finder:
+    """Finds them, node by node.
+
+    Args:
+        channels: the channels of a model.
+        found: its constants.
+    """
+
     def __init__(self, channels: Channels, found: Mapping[fx.Node, Known]) -> None:
         self.channels, self.flow, self.found = channels, channels.flow, found
         self.sinks: list[Sink] = []
@@ -104,6 +115,7 @@ class _Finder:
                     self.readers[source] = self.readers.get(source, 0) + len(node.users)
 
     def visit(self, node: fx.Node) -> None:
+        """Note what ends at one operator."""
         name = op_of(node)
         if name == "linear":
             a = bound(node)
@@ -118,6 +130,13 @@ class _Finder:
             self._conv(node)
         elif name == "einsum":
             self._einsum(node)
+        elif name == "bilinear":
+            self._bilinear(node)
+        elif name == "_grouped_mm":
+            a = bound(node)
+            self._meet(node, ((a["self"], -1), (a["mat2"], -2)))
+        elif (call := recurrent_of(node)) is not None:
+            self.sinks += compact_recurrent.sinks(self, node, call)
         elif "scaled_dot_product" in name:
             a = bound(node)
             self._meet(node, ((a["query"], -1), (a["key"], -1)))
@@ -132,11 +151,13 @@ class _Finder:
         result: Bools = zero.expand(size).numpy()
         return result
 
-    def _static(self, node: fx.Node) -> Tensor | None:
+    def static(self, node: fx.Node) -> Tensor | None:
+        """The values of what is made of parameters only."""
         held = self.found.get(node)
         return held.stored if held is not None and held.static else None
 
-    def _labels(self, node: fx.Node, axis: int) -> Labels:
+    def labels(self, node: fx.Node, axis: int) -> Labels:
+        """The labels of a dimension; the fixed one where it has none."""
         labels = self.flow.of(node)[axis]
         return np.zeros(shape_of(node)[axis], dtype=np.int64) if labels is None else labels
 
@@ -150,29 +171,27 @@ class _Finder:
         self.meetings.append(Meeting(node, labels, harmless, "is summed over in a product of activations"))
 
     def _matmul(self, node: fx.Node, a: fx.Node, b: fx.Node, bias: fx.Node | None) -> None:
-        if len(shape_of(b)) == 2 and self._static(b) is not None and self._static(a) is None:
+        if len(shape_of(b)) == 2 and self.static(b) is not None and self.static(a) is None:
             self._product(node, a, -1, b, -2, bias)
-        elif len(shape_of(a)) == 2 and len(shape_of(b)) > 1 and self._static(a) is not None and self._static(b) is None:
+        elif len(shape_of(a)) == 2 and len(shape_of(b)) > 1 and self.static(a) is not None and self.static(b) is None:
             self._product(node, b, -2, a, -1, None)
         else:
             self._meet(node, ((a, -1), (b, -2 if len(shape_of(b)) > 1 else -1)))
 
     def _product(self, node: fx.Node, x: fx.Node, axis: int, weight: fx.Node, inner: int, bias: fx.Node | None) -> None:
         """A product with a matrix whose dimension `inner` is contracted with dimension `axis` of x."""
-        table = self._static(weight)
-        if table is None or table.ndim != 2 or self._static(x) is not None:
+        table = self.static(weight)
+        if table is None or table.ndim != 2 or self.static(x) is not None:
             self._meet(node, ((x, axis), (weight, inner)))
             return
         table = table if inner % 2 else table.T
-        outer = self._labels(weight, 0 if inner % 2 else 1)
-        fold, blocked = self._fold(node, bias, False)
-        self._add(
-            node, weight, inner % 2, self._labels(x, axis)[None], outer[None], table[None], x, axis, fold, blocked
-        )
+        outer = self.labels(weight, 0 if inner % 2 else 1)
+        fold, blocked = self.fold(node, bias, False)
+        self._add(node, weight, inner % 2, self.labels(x, axis)[None], outer[None], table[None], x, axis, fold, blocked)
 
     def _conv(self, node: fx.Node) -> None:
         a = bound(node)
-        weight, x, groups = self._static(a["weight"]), a["input"], int(a["groups"])
+        weight, x, groups = self.static(a["weight"]), a["input"], int(a["groups"])
         axis = len(shape_of(x)) - len(shape_of(a["weight"])) + 1
         transposed = bool(a.get("transposed", "transpose" in op_of(node)))
         if weight is None:
@@ -181,12 +200,12 @@ class _Finder:
                 harmless = self.zero(x, axis, labels.size)
                 self.meetings.append(Meeting(node, labels, harmless, "meets a weight that is computed"))
             return
-        inputs = self._labels(x, axis).reshape(groups, -1)
-        outputs = self._labels(node, axis).reshape(groups, -1)
+        inputs = self.labels(x, axis).reshape(groups, -1)
+        outputs = self.labels(node, axis).reshape(groups, -1)
         taps = weight.reshape(groups, -1, *weight.shape[1:])
         if transposed:
             taps = taps.transpose(1, 2)
-        fold, blocked = self._fold(node, a["bias"], pads(node) or transposed)
+        fold, blocked = self.fold(node, a["bias"], pads(node) or transposed)
         self._add(node, a["weight"], 0 if transposed else 1, inputs, outputs, taps, x, axis, fold, blocked)
 
     def _add(
@@ -202,23 +221,40 @@ class _Finder:
         fold: Fold | None,
         blocked: str,
     ) -> None:
-        flat = taps.reshape(*taps.shape[:3], -1)
-        known, value = self._constants(x, axis, inputs.size)
+        known, value = self.constants(x, axis, inputs.size)
         known, value = known.reshape(inputs.shape), value.reshape(inputs.shape)
-        known &= torch.isfinite(flat.sum(-1, dtype=torch.float64)).all(1).numpy()  # even 0 times infinity is something
+        self.sinks += self.sink(node, weight, inner, inputs, outputs, taps, known, value, fold, blocked)
+
+    def sink(
+        self,
+        node: fx.Node,
+        weight: fx.Node,
+        inner: int,
+        inputs: Labels,
+        outputs: Labels,
+        taps: Tensor,
+        known: Bools,
+        value: Floats,
+        fold: Fold | None,
+        blocked: str,
+    ) -> list[Sink]:
+        """One product, with `taps` (groups, out, in, ...); none where another graph decides about the weight."""
+        flat = taps.reshape(*taps.shape[:3], -1)
+        finite = [part.sum(-1, dtype=torch.float64).isfinite().all(1) for part in blocks(flat, 1)]
+        known = known & torch.stack(finite).all(0).numpy()  # even 0 times infinity is something
         columns = np.flatnonzero((known & (value != 0)).any(0))
         total = flat[:, :, torch.from_numpy(columns)].sum(-1, dtype=torch.float64).numpy()
         name = self.channels.source(weight) if weight.op == "get_attr" else None
         if name is not None and self.home[name] is not node.graph:
-            return
-        self.sinks.append(
+            return []
+        return [
             Sink(
                 node=node,
                 weight=name,
                 axis=inner,
                 inputs=inputs,
                 outputs=outputs,
-                alive=(flat != 0).any(-1).numpy(),
+                alive=torch.cat([(part != 0).any(-1) for part in blocks(flat, 1)], 1).numpy(),
                 columns=columns,
                 total=total,
                 known=known,
@@ -227,9 +263,13 @@ class _Finder:
                 blocked=blocked,
                 mergeable=name is not None and self.readers[name] == 1,
             )
-        )
+        ]
 
-    def _constants(self, node: fx.Node, axis: int, size: int) -> tuple[Bools, Floats]:
+    def meet_labels(self, node: fx.Node, labels: Labels, harmless: Bools, reason: str) -> None:
+        """Channels that are read without a weight."""
+        self.meetings.append(Meeting(node, labels, harmless, reason))
+
+    def constants(self, node: fx.Node, axis: int, size: int) -> tuple[Bools, Floats]:
         """Which channels along an axis are one number everywhere, and those numbers."""
         held = self.found.get(node)
         if held is None or not held.value.is_floating_point():
@@ -240,8 +280,8 @@ class _Finder:
         numbers = torch.where(same, value[:, 0], 0.0)
         return same.expand(size).numpy(), numbers.double().expand(size).numpy()
 
-    def _fold(self, node: fx.Node, bias: object, padded: bool) -> tuple[Fold | None, str]:
-        """Into the bias; without one into the mean of the BatchNorm that follows."""
+    def fold(self, node: fx.Node, bias: object, padded: bool) -> tuple[Fold | None, str]:
+        """Where a product's constants go: into the bias; without one into the mean of the BatchNorm that follows."""
         if padded:
             return None, "enters a convolution with zero padding"
         if isinstance(bias, fx.Node):
@@ -256,6 +296,11 @@ class _Finder:
             if a["input"] is node and name is not None and self.readers[name] == 1:
                 return Fold(name, -1.0), ""
         return None, "the layer behind it has no bias"
+
+    def _bilinear(self, node: fx.Node) -> None:
+        a = bound(node)
+        for name, axis in (("input1", 1), ("input2", 2)):
+            self._meet(node, ((a[name], -1), (a["weight"], axis)))
 
     def _einsum(self, node: fx.Node) -> None:
         equation = str(node.args[0]).replace(" ", "")

@@ -104,7 +104,8 @@ class Solver:
         self.channels, self.only = channels, only
         self.free = _free(channels, only)
         self.missed: dict[int, str] = {}  # class -> what needs it
-        self.sinks, self.meetings = find_sinks(channels, found)
+        through = ("sum",) if only is None else ("sum", "layer_norm")  # a norm is changed only where one was asked for
+        self.sinks, self.meetings = find_sinks(channels, found, through)
         self.classes = channels.classes
         self.lists = _distinct(channels, self.classes)
         self.even = _private(channels, self.classes)

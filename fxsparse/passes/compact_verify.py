@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,8 @@ from fxsparse.errors import PassError
 from fxsparse.graph import fresh_inputs, isolated_clone
 from fxsparse.graph.inputs import tensors_of
 from fxsparse.graph.scopes import mode_of, seeded
+from fxsparse.graph.writes import storage_of
+from fxsparse.passes.compact_widen import streamable, widened
 
 _SEED = 20251
 _LARGE = 1 << 22  # parameters whose copies are worth a collection of garbage
@@ -30,6 +33,33 @@ def owned_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     if dtype is not None:
         clone = clone._apply(partial(_cast, dtype=dtype))  # type: ignore[no-untyped-call]  # torch leaves it so
     return clone
+
+
+def run_copy(model: nn.Module, dtype: torch.dtype, whole: Collection[str] = ()) -> nn.Module:
+    """A copy to be shortened and run by `outputs` in `dtype`: like `owned_copy`, but large parameters stay narrow.
+
+    They share the model's memory, and `outputs` casts each when an operator reads it.
+
+    Args:
+        model: the model; it stays as it is.
+        dtype: the wider dtype.
+        whole: names of parameters into which something is written: these are copies in `dtype`.
+    """
+    shared = {name for name, tensor in model.named_parameters() if streamable(tensor, dtype)} - {*whole}
+    own = [name for name, tensor in model.named_parameters() if name not in shared and tensor.dtype == dtype]
+    clone = isolated_clone(model, copied=own)
+    narrow = {id(tensor) for name, tensor in clone.named_parameters() if name in shared}
+    cast = partial(_cast, dtype=dtype)
+    clone._apply(lambda tensor: tensor if id(tensor) in narrow else cast(tensor))  # type: ignore[no-untyped-call]  # torch leaves it so
+    return clone
+
+
+def own_tensors(copy: nn.Module, model: nn.Module) -> None:
+    """Let `copy` share no parameter's memory with `model` any more."""
+    shared = {storage_of(parameter) for parameter in model.parameters()}
+    for parameter in copy.parameters():
+        if storage_of(parameter) in shared:
+            parameter.data = parameter.detach().clone()
 
 
 def release(model: nn.Module) -> None:
@@ -69,7 +99,7 @@ def outputs(
             cast = partial(_cast, dtype=dtype)
             args, kwargs = pytree.tree_map(lambda v: cast(v) if isinstance(v, Tensor) else v, (args, kwargs))
         try:
-            with mode_of(clone, training):
+            with mode_of(clone, training), widened(clone, dtype):
                 return [tensor.detach() for tensor in tensors_of(clone(*args, **kwargs))]
         finally:
             release(clone)

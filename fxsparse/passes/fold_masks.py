@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from fxsparse.errors import ConfigError
 from fxsparse.graph import edit
@@ -47,7 +48,7 @@ class FoldMasks(Pass):
     idempotent = True
 
     def requires(self, module: nn.Module) -> None:
-        """No resurrection phase; weights that are read unmasked are zero at dead entries."""
+        """No resurrection phase; weights read unmasked are zero at dead entries; no hook would divide 0 by 0."""
         for found in module.modules():
             check_mask_edit(found)
         for name, weight in masked_weights(module).items():
@@ -55,6 +56,11 @@ class FoldMasks(Pass):
                 raise ConfigError(
                     f"`{name}` has values at dead entries, which its readers see; write zeros there before, by "
                     "`set_masks(model, masks(model))`"
+                )
+            if _divides_by_zero(weight):
+                raise ConfigError(
+                    f"`{name}` has no alive entry, and the spectral_norm around it would divide 0 by 0; keep an entry "
+                    "alive, or use torch.nn.utils.parametrizations.spectral_norm, whose masked weight is zero"
                 )
 
     def call(self, module: nn.Module) -> bool:
@@ -118,6 +124,13 @@ def _write(module: nn.Module, parameter: nn.Parameter | None, values: Tensor) ->
 def _same_bits(one: Tensor, other: Tensor) -> bool:
     parts = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in (one, other)]
     return torch.equal(parts[0], parts[1]) and torch.equal(parts[0].signbit(), parts[1].signbit())
+
+
+def _divides_by_zero(weight: MaskedWeight) -> bool:
+    """Whether the old spectral norm divides a weight without alive entries by its norm."""
+    hooks = ((attribute, hook) for owner, attribute in weight.owners for hook in owner._forward_pre_hooks.values())
+    normed = any(isinstance(hook, SpectralNorm) and attribute == f"{hook.name}_orig" for attribute, hook in hooks)
+    return normed and not weight.mask.is_meta and not bool(weight.mask.any())
 
 
 def _dead_values(weight: MaskedWeight) -> bool:

@@ -180,9 +180,10 @@ class Pass(abc.ABC):
         return claimed, before.difference(Snapshot.of(clone)) is not None, records
 
     def _edit(self, clone: nn.Module) -> tuple[bool, tuple[Record, ...]]:
-        present = frozenset(node for found in graphs_of(clone).values() for node in found.graph.nodes)
+        graphs = graphs_of(clone)
+        present = frozenset(node for found in graphs.values() for node in found.graph.nodes)
         dead = frozenset(node for node in present if not node.users)
-        written = {path: _lines(found.graph) for path, found in graphs_of(clone).items()}
+        written = {path: _lines(found.graph) for path, found in graphs.items()}
         records: list[Record] = []
         token = _records.set(records)
         try:

@@ -1,4 +1,4 @@
-"""Taps for Fisher statistics behind nodes of a graph, and their removal."""
+"""Taps for Fisher statistics at nodes of a graph, and their removal."""
 
 from __future__ import annotations
 
@@ -20,34 +20,44 @@ CONTAINER = "fisher_statistics"
 
 @dataclass(frozen=True)
 class Tap:
-    """One tap.
+    """One tap, for up to two parameters of one layer.
 
     Attributes:
         graph: path of the graph.
-        node: name of the node whose output y is tapped.
-        parameter: first name of the parameter whose statistic is taken.
-        function: called as ``function(y, x, statistic, mask, *arguments)`` with x the node's first input; returns
-            y, and hands the statistic to autograd as the gradient of its third argument.
-        size: length of the statistic.
+        node: name of the node that is tapped.
+        parameters: first names of the weight and of the bias whose statistics are taken; None for none.
+        sizes: lengths of the statistics.
+        function: behind the node, called as ``function(y, x, statistics, mask, *arguments)`` with the node's output y
+            and first input x; instead of the node as ``function(x, weight, bias, statistics, mask, *arguments)``. It
+            hands the statistics to autograd as the gradients of the two tensors (or None) in ``statistics``.
         mask: path, in the graph, of the mask that the weight is read through; None for none.
         arguments: constants.
+        instead: whether the function takes the node's place: a call of a module that holds `weight` and `bias`, or a
+            function of x, weight and bias.
     """
 
     graph: str
     node: str
-    parameter: str
+    parameters: tuple[str | None, str | None]
+    sizes: tuple[int, int]
     function: Callable[..., Tensor]
-    size: int
     mask: str | None = None
     arguments: tuple[Any, ...] = ()
+    instead: bool = False
+
+    @property
+    def source(self) -> str:
+        """The first parameter that is tapped."""
+        return next((name for name in self.parameters if name is not None), "")
 
 
 class InstrumentFisher(Pass):
-    """Puts taps behind nodes; outputs stay the same bit for bit.
+    """Puts taps behind nodes or in their place; outputs stay the same bit for bit.
 
-    1. The graph gets a submodule `fisher_statistics` with one parameter of zeros for each tap, float32 or the dtype of
-       the tapped weight.
-    2. Behind each node: reads of the statistic and of the mask, then the tap; all readers of the node read the tap.
+    1. The graph gets a submodule `fisher_statistics` with one parameter of zeros for each statistic, of the dtype of
+       the tapped weight, at least float32.
+    2. Behind a node: reads of the statistics and of the mask, then the tap; all readers of the node read the tap.
+    3. In a node's place: reads of weight, bias, statistics and mask; the node itself calls the tap.
 
     Args:
         taps: what to insert.
@@ -59,7 +69,7 @@ class InstrumentFisher(Pass):
     @property
     def targets(self) -> Collection[str]:
         """The parameters' names."""
-        return tuple(tap.parameter for tap in self.taps)
+        return tuple(name for tap in self.taps for name in tap.parameters if name is not None)
 
     def requires(self, module: nn.Module) -> None:
         """Each tap's graph and node exist, and no graph is instrumented already."""
@@ -76,9 +86,12 @@ class InstrumentFisher(Pass):
         """Insert, in the order of the taps."""
         graphs = graphs_of(module)
         parameters = dict(module.named_parameters(remove_duplicate=False))
+        like = next(iter(parameters.values()))
         for tap in self.taps:
-            self._insert(graphs[tap.graph], tap, parameters[tap.parameter])
-            self.record(tap.parameter, f"tap of {tap.size} groups behind `{tap.node}`")
+            self._insert(graphs[tap.graph], tap, parameters.get(tap.source, like))
+            for name, size in zip(tap.parameters, tap.sizes, strict=True):
+                if name is not None:
+                    self.record(name, f"tap of {size} groups at `{tap.node}`")
         return bool(self.taps)
 
     def _insert(self, module: fx.GraphModule, tap: Tap, weight: Tensor) -> None:
@@ -86,41 +99,78 @@ class InstrumentFisher(Pass):
             module.add_submodule(CONTAINER, _Statistics())
         holder = module.get_submodule(CONTAINER)
         assert isinstance(holder, _Statistics)
-        name = f"t{len(holder._parameters)}"
-        zeros = torch.zeros(tap.size, dtype=weight.dtype, device=weight.device)
-        holder.register_parameter(name, nn.Parameter(zeros))
-        holder.parameter_names[name] = tap.parameter
         node = next(node for node in module.graph.nodes if node.name == tap.node)
-        statistic = edit.insert_get_attr(
-            module,
-            f"{CONTAINER}.{name}",
-            what="reads the statistic",
-            after=node,
-            pass_name=self.name,
-            source=tap.parameter,
-        )
-        last, mask = statistic, None
-        if tap.mask is not None:
-            last = mask = edit.insert_get_attr(
-                module, tap.mask, what="reads the mask", after=statistic, pass_name=self.name, source=tap.parameter
-            )
+        place: dict[str, Any] = {"before": node.next} if not tap.instead else {"before": node}
+
+        def read(target: str, what: str) -> fx.Node:
+            return edit.insert_get_attr(module, target, what=what, pass_name=self.name, source=tap.source, **place)
+
+        if tap.instead:
+            self._take_place(module, holder, tap, node, read, weight)
+            return
+        x = _first_input(node)
+        statistics = _read_statistics(holder, tap, weight, read)
+        mask = None if tap.mask is None else read(tap.mask, "reads the mask")
         tapped = edit.insert_call(
             module.graph,
             tap.function,
-            (node, _first_input(node), statistic, mask, *tap.arguments),
+            (node, x, statistics, mask, *tap.arguments),
             what="taps the output",
-            after=last,
             pass_name=self.name,
-            source=tap.parameter,
+            source=tap.source,
+            **place,
         )
         edit.replace_uses(node, tapped)
+
+    def _take_place(
+        self,
+        module: fx.GraphModule,
+        holder: _Statistics,
+        tap: Tap,
+        node: fx.Node,
+        read: Callable[[str, str], fx.Node],
+        weight: Tensor,
+    ) -> None:
+        holder.replaced[node.name] = _Call(node.op, node.target, len(node.args), tuple(node.kwargs))
+        if node.op == "call_module":
+            owner = module.get_submodule(str(node.target))
+            operands: list[Any] = [_first_input(node)]
+            for attribute in ("weight", "bias"):
+                present = getattr(owner, attribute, None) is not None
+                operands.append(read(f"{node.target}.{attribute}", f"reads the {attribute}") if present else None)
+        else:
+            operands = [*node.args, *node.kwargs.values()]
+            operands += [None] * (3 - len(operands))
+        statistics = _read_statistics(holder, tap, weight, read)
+        mask = None if tap.mask is None else read(tap.mask, "reads the mask")
+        node.op = "call_function"
+        node.target = tap.function
+        node.args, node.kwargs = (*operands, statistics, mask, *tap.arguments), {}
+
+
+def _read_statistics(
+    holder: _Statistics, tap: Tap, weight: Tensor, read: Callable[[str, str], fx.Node]
+) -> tuple[fx.Node | None, fx.Node | None]:
+    """Statistics of zeros, registered, and the nodes that read them."""
+    found: list[fx.Node | None] = []
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    for parameter, size in zip(tap.parameters, tap.sizes, strict=True):
+        if parameter is None:
+            found.append(None)
+            continue
+        name = f"t{len(holder._parameters)}"
+        holder.register_parameter(name, nn.Parameter(torch.zeros(size, dtype=wide, device=weight.device)))
+        holder.parameter_names[name] = parameter
+        found.append(read(f"{CONTAINER}.{name}", "reads the statistic"))
+    return found[0], found[1]
 
 
 class RemoveFisher(Pass):
     """Takes all Fisher taps away; the code of each graph is what it was before.
 
-    1. A tap: its readers read its node again.
-    2. The reads of statistics and masks that fed it, and the statistics, go.
+    1. A tap behind a node: its readers read the node again.
+    2. A tap in a node's place: the node calls again what it called.
+    3. The reads that fed them, and the statistics, go.
     """
 
     idempotent = True
@@ -129,9 +179,13 @@ class RemoveFisher(Pass):
         """Remove, graph by graph."""
         modified = False
         for path, found in graphs_of(module).items():
-            if not hasattr(found, CONTAINER):
+            holder = getattr(found, CONTAINER, None)
+            if not isinstance(holder, _Statistics):
                 continue
             for node in reversed(list(found.graph.nodes)):
+                if node.name in holder.replaced:
+                    holder.replaced[node.name].restore(node)
+                    continue
                 stamp = provenance.read(node)
                 if stamp is None or stamp.pass_name != "instrument_fisher":
                     continue
@@ -144,12 +198,29 @@ class RemoveFisher(Pass):
         return modified
 
 
+@dataclass(frozen=True)
+class _Call:
+    """What a node called before a tap took its place."""
+
+    op: str
+    target: Any
+    args: int
+    kwargs: tuple[str, ...]
+
+    def restore(self, node: fx.Node) -> None:
+        operands = node.args[: self.args + len(self.kwargs)]
+        node.op, node.target = self.op, self.target
+        node.args = operands[: self.args]
+        node.kwargs = dict(zip(self.kwargs, operands[self.args :], strict=True))
+
+
 class _Statistics(nn.Module):
     """Holds statistics; they are no part of a state dict."""
 
     def __init__(self) -> None:
         super().__init__()
         self.parameter_names: dict[str, str] = {}
+        self.replaced: dict[str, _Call] = {}
         self.register_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]  # untyped in torch
         self.register_load_state_dict_pre_hook(_provide)  # type: ignore[no-untyped-call]  # untyped in torch
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import fx, nn
 
 from fxsparse.graph import edit
@@ -103,9 +104,16 @@ class Rewriter:
             return
         for found in node.all_input_nodes:
             if self._moved(found):
-                node.replace_input_with(found, self.values.natural(self.values[found]))
+                made = self.values.natural(self.values[found])
+                if _random(node):  # draws its numbers in the order of memory
+                    made = self.scribe.call(ATEN.clone.default, made, memory_format=torch.contiguous_format)
+                node.replace_input_with(found, made)
         if name_of(node) in ("view", "_unsafe_view"):  # its input may be permuted now
             edit.retarget(node, ATEN.reshape.default, pass_name=NAME, what="reads a moved value")
+
+
+def _random(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
 def wishes(nodes: Sequence[fx.Node], lowered: Mapping[fx.Node, Lowered]) -> dict[fx.Node, AxisOrder]:

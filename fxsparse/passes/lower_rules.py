@@ -123,7 +123,7 @@ def reduce(lowering: Lowering, node: fx.Node) -> Value | None:
     """A mean, sum or extremum over axes."""
     given = arguments(node)
     value = lowering.values.settled(lowering.values[given["self"]])
-    if given["dim"] is None or given.get("dtype") is not None:
+    if given.get("dim") is None or given.get("dtype") is not None:
         return None
     dims = given["dim"] if isinstance(given["dim"], list | tuple) else [given["dim"]]
     if not dims:

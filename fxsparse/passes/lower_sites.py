@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,13 +92,15 @@ class Constants:
     def __init__(self, module: fx.GraphModule) -> None:
         self.module = module
         self._found: dict[fx.Node, Tensor | None] = {}
+        self._parts: dict[fx.Node, Any] = {}
+        self._parameters: dict[fx.Node, tuple[str, bool]] = {}
 
     def __call__(self, node: Any) -> Tensor | None:
         """The value; None where the node depends on more, or is no tensor."""
         if not isinstance(node, fx.Node):
             return None
-        if node not in self._found:
-            self._found[node] = self._evaluate(node)
+        for found in _inputs_first(node, self._found):
+            self._found[found] = self._evaluate(found)
         return self._found[node]
 
     def _evaluate(self, node: fx.Node) -> Tensor | None:
@@ -108,7 +110,9 @@ class Constants:
         if node.op != "call_function" or not node.all_input_nodes or edit.is_impure(node):
             return None
         if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
-            parts = self._computed(node.args[0])
+            if node.args[0] not in self._parts:
+                self._parts[node.args[0]] = self._computed(node.args[0])
+            parts = self._parts[node.args[0]]
             found = None if parts is None else parts[node.args[1]]
         else:
             found = self._computed(node) if sizes_of(node) is not None else None
@@ -131,12 +135,29 @@ class Constants:
 
     def parameter(self, node: fx.Node) -> tuple[str, bool]:
         """The largest parameter that a constant node reads, and whether it is that, at most transposed."""
+        for found in _inputs_first(node, self._parameters):
+            self._parameters[found] = self._largest(found)
+        return self._parameters[node]
+
+    def _largest(self, node: fx.Node) -> tuple[str, bool]:
         if node.op == "get_attr":
             return str(node.target), True
-        names = [(self.parameter(found)[0], found) for found in node.all_input_nodes]
-        sizes = [(-(value.numel() if (value := self(found)) is not None else 0), name) for name, found in names]
+        read = [(self(found), *self._parameters[found]) for found in node.all_input_nodes]
+        name = min((-(value.numel() if value is not None else 0), name) for value, name, _ in read)[1]
         same = node.target in (ATEN.t.default, ATEN.transpose.int, ATEN.permute.default)
-        return min(sizes)[1], same and self.parameter(node.all_input_nodes[0])[1]
+        return name, same and read[0][2]
+
+
+def _inputs_first(node: fx.Node, known: Container[fx.Node]) -> Iterator[fx.Node]:
+    """The node and what it reads, each after its inputs; whoever asks makes each known before going on."""
+    waiting = [node]  # no recursion: chains may be thousands of nodes long
+    while waiting:
+        missing = [found for found in waiting[-1].all_input_nodes if found not in known]
+        waiting += missing
+        if not missing:
+            last = waiting.pop()
+            if last not in known:
+                yield last
 
 
 def find_sites(module: fx.GraphModule, constants: Constants) -> list[Site]:

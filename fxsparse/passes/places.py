@@ -29,7 +29,7 @@ def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
         module = model.get_submodule(path)
     except AttributeError:
         module = None
-    if module is None or attribute not in dict(module.named_parameters(recurse=False, remove_duplicate=False)):
+    if module is None or dict(module._parameters.items()).get(attribute) is None:
         raise ConfigError(f"`{name}` is not a parameter of the model")
     return module, attribute
 
@@ -60,7 +60,7 @@ def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> int
             if id(child) in by_identity:
                 holder._modules[name] = by_identity[id(child)]
                 count += 1
-    _replace_in_attributes(model, by_identity)
+    replace_in_attributes(model, by_identity)
     return count
 
 
@@ -70,10 +70,16 @@ def replace_parameter(model: nn.Module, old: nn.Parameter, new: nn.Parameter) ->
         for name, parameter in module._parameters.items():
             if parameter is old:
                 module._parameters[name] = new
-    _replace_in_attributes(model, {id(old): new})
+    replace_in_attributes(model, {id(old): new})
 
 
-def _replace_in_attributes(model: nn.Module, new: Mapping[int, object]) -> None:
+def replace_in_attributes(model: nn.Module, new: Mapping[int, object]) -> None:
+    """Replace objects among the plain attributes of all modules, and in their lists, dicts and tuples.
+
+    Args:
+        model: the model, changed in place; its tables of parameters, buffers and modules stay as they are.
+        new: id of an object -> what stands in its place.
+    """
     for holder in model.modules():
         for name, value in holder.__dict__.items():
             if id(value) in new or (type(value) in (list, dict, tuple) and value and name not in _CONTAINERS):

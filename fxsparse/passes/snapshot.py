@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
+from fxsparse.graph.tree import modules_of
 from fxsparse.nn import MaskSpec, mask_spec
 
 
@@ -77,7 +78,7 @@ def join(path: str, name: str) -> str:
 
 def graphs_of(module: nn.Module) -> dict[str, fx.GraphModule]:
     """Every GraphModule of a model by its path, the root's being empty; one that has several paths under the first."""
-    return {path: found for path, found in module.named_modules() if isinstance(found, fx.GraphModule)}
+    return {path: found for path, found in modules_of(module) if isinstance(found, fx.GraphModule)}
 
 
 def _written(graph: fx.Graph) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from fxsparse.errors import PassError
+from fxsparse.graph.tree import places_of_modules
 from fxsparse.nn.masked import beside_mask, mask_name
 from fxsparse.nn.slot import slots_of
 from fxsparse.passes.snapshot import join
@@ -40,17 +41,15 @@ def check_same_state(before: nn.Module, after: nn.Module) -> None:
     if old != found:
         changed = sorted(set(old) ^ set(found)) or ["their order"]
         raise PassError(f"the keys of `state_dict` changed: {', '.join(changed[:5])}")
-    flags = {path: module.training for path, module in before.named_modules(remove_duplicate=False)}
-    for path, module in after.named_modules(remove_duplicate=False):
+    flags = {path: module.training for path, module in places_of_modules(before)}
+    for path, module in places_of_modules(after):
         if flags.get(path, module.training) != module.training:
             raise PassError(f"`{path or 'the root'}` changed its training flag")
 
 
 def _state_names(model: nn.Module) -> list[str]:
     masks = set()
-    for path, module in model.named_modules(remove_duplicate=False):
-        for attribute, _ in module.named_parameters(recurse=False, remove_duplicate=False):
-            slot = slots_of(module).get(attribute)
-            if slot is not None:
-                masks |= {join(path, name) for name in (mask_name(attribute), *beside_mask(slot))}
+    for path, module in places_of_modules(model):
+        for attribute, slot in slots_of(module).items():
+            masks |= {join(path, name) for name in (mask_name(attribute), *beside_mask(slot))}
     return [name for name in model.state_dict(keep_vars=True) if name not in masks]

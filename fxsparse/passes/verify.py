@@ -28,9 +28,10 @@ class Verify(enum.Enum):
     """How a transform shows on the example inputs that it kept the function of a model, while all masks are True."""
 
     QUICK = "quick"
-    """In the model's own dtype, in train mode, where models of little work also in eval mode: outputs, buffers and
-    written inputs are bit-identical, the outputs depend on the same parameters, and where a backward pass costs little
-    the gradients agree. In doubt `FULL` decides."""
+    """In the model's own dtype: outputs, buffers and written inputs are bit-identical, and where a backward pass costs
+    little the gradients agree. In train mode, or in eval mode for a model that is given so and of which the structure
+    proves that train mode shows nothing else; models of little work in both modes unless that is proved. In doubt
+    `FULL` decides."""
     FULL = "full"
     """`verify_equal`: float64, eval and train mode, outputs, buffers and all gradients."""
 

@@ -146,9 +146,9 @@ def compact(
     return moves.finish(found)
 
 
-def captured_form(model: nn.Module, example_inputs: Any) -> nn.Module:
-    """The model with graphs where it can have some, sharing its tensors."""
-    return model if _is_captured(model) else capture(model, example_inputs).module
+def captured_form(model: nn.Module, example_inputs: Any, specialize: bool = False) -> nn.Module:
+    """The model with graphs where it can have some, sharing its tensors; `specialize` as for `capture`."""
+    return model if _is_captured(model) else capture(model, example_inputs, specialize=specialize).module
 
 
 def folded_form(model: nn.Module) -> nn.Module:
@@ -164,6 +164,7 @@ class Moves:
         example_inputs: its inputs.
         optimizer: its optimizer, or None.
         followers: its averages.
+        specialize: whether graphs were made for inputs like the example's only.
 
     Raises:
         ConfigError: the optimizer or a follower does not fit.
@@ -175,10 +176,12 @@ class Moves:
         example_inputs: Any,
         optimizer: Optimizer | None,
         followers: nn.Module | Iterable[nn.Module],
+        specialize: bool = False,
     ) -> None:
         self.model, self.example_inputs = model, example_inputs
         self.transplant = None if optimizer is None else Transplant(optimizer, model)
-        self.followers = Followers(followers, model, partial(captured_form, example_inputs=example_inputs))
+        graphs = partial(captured_form, example_inputs=example_inputs, specialize=specialize)
+        self.followers = Followers(followers, model, graphs)
 
     def finish(self, found: Compacted, zero: Callable[[nn.Module], None] = lambda copy: None) -> nn.Module:
         """The compacted model with its report, trained by the optimizer and averaged by the followers from now on.

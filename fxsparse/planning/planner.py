@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fxsparse.errors import ConfigError, PassError
 from fxsparse.graph import Capture, Refusal, capture, isolated_clone, structural_clone
+from fxsparse.graph.tree import parameters_of
 from fxsparse.nn import Guard, MaskSpec, Route, masked_weights, set_masks, tie_masks
 from fxsparse.passes import (
     FoldMasks,
@@ -140,10 +141,10 @@ class Plan:
         Raises:
             PassError: a rewrite broke its contract.
         """
-        names = [name for name, _ in self.origin.named_parameters(remove_duplicate=False)]
         if consume:
             result = self.captured
         else:
+            names = [name for name, _ in parameters_of(self.origin)]
             result = structural_clone(self.captured) if inplace else isolated_clone(self.captured, copied=names)
         try:
             for each in self._passes():

@@ -16,7 +16,7 @@ from fxsparse.passes.compact_channels import analysed, compact_channels
 from fxsparse.passes.compact_verify import owned_copy
 from fxsparse.planning.compaction import captured_form, check_compactable, folded_form
 from fxsparse.planning.prune_budgets import Budget
-from fxsparse.planning.prune_choose import Candidate, Choice, Floats, Limits, Scope, candidates
+from fxsparse.planning.prune_choose import Candidate, Choice, Floats, Limits, Scope, Unmet, candidates
 from fxsparse.planning.prune_costs import Costs
 from fxsparse.planning.prune_groups import (
     Excluded,
@@ -47,12 +47,15 @@ def plan_channels(
     min_density: float = 0.0,
     include: Selector | Iterable[Selector] | None = None,
     exclude: Selector | Iterable[Selector] | None = None,
+    specialize: bool = False,
 ) -> ChannelPlan:
     """Decide which channels go: those with the lowest saliency, as few as meet the budget.
 
     Channels that are coupled (residuals, heads, gates, depthwise convolutions...) go together. Groups whose channels
-    are read together by something that would notice (the features of a LayerNorm, a softmax) stay whole: without them
-    the model would not equal its masked self. The plan is tried on a copy; what the model cannot lose after all stays.
+    are read together by something that would notice (a softmax, a GroupNorm) stay whole: without them the model would
+    not equal its masked self. The features that layer norms read together go only where the rest cannot meet the
+    budget: those norms then count the removed features as zeros (`SizedLayerNorm`). The plan is tried on a copy; what
+    the model cannot lose after all stays.
 
     Args:
         model: any module, with masks or without; it stays as it is.
@@ -67,6 +70,9 @@ def plan_channels(
         min_density: fraction of its channels that every group keeps.
         include: only groups with one of these parameters; names, globs, types or predicates as in `plan`.
         exclude: no group with one of these parameters.
+        specialize: whether a model whose Python code states sizes (``zeros(batch, 12)``) may become one graph of the
+            calls that ran on the example inputs, in which those sizes follow; it then takes inputs of these shapes and
+            Python values only, as told for `capture`.
 
     Returns:
         The plan; nothing has changed.
@@ -95,24 +101,30 @@ def plan_channels(
         raise ConfigError(f"`scope` (={scope!r}) must be Scope.GLOBAL, Scope.ISOMORPHIC or Scope.LOCAL")
     limits, function = Limits(round_to, min_channels, min_density), as_channel_saliency(saliency)
     check_compactable(model)
-    source = captured_form(model, example_inputs)
+    source = captured_form(model, example_inputs, specialize)
     folded = folded_form(source)
     channels = analysed(folded, example_inputs)
-    groups, whole = free_groups(model, channels, include, exclude)
-    _check_any(groups, whole)
     parameters = {name: parameter.detach() for name, parameter in folded.named_parameters()}
-    scores = {group.id: scored(function, group, parameters).numpy() for group in groups}
-    ranked = candidates(groups, scores, scope, limits)
-    planner = _Planner(model, source, example_inputs, channels, budget, scores)
-    return planner.plan(ranked, whole)
+
+    def planned(norms: bool) -> ChannelPlan:
+        groups, whole = free_groups(model, channels, include, exclude, norms)
+        _check_any(groups, whole)
+        scores = {group.id: scored(function, group, parameters).numpy() for group in groups}
+        ranked = candidates(groups, scores, scope, limits)
+        return _Planner(model, source, example_inputs, channels, budget, scores, specialize).plan(ranked, whole)
+
+    try:
+        return planned(False)
+    except Unmet:
+        if not any(group.prunable and "layer_norm" in group.mixed for group in channels.groups):
+            raise
+    return planned(True)
 
 
 def _check_any(groups: Sequence[ChannelGroup], whole: Sequence[Excluded]) -> None:
     if not groups:
         told = "\n".join(f"  {each}" for each in whole[:8])
-        raise ConfigError(
-            f"nothing can be pruned: no channel group of the model is free to lose channels\n{told}".strip()
-        )
+        raise Unmet(f"nothing can be pruned: no channel group of the model is free to lose channels\n{told}".strip())
 
 
 class _Planner:
@@ -124,9 +136,10 @@ class _Planner:
         channels: Channels,
         budget: Budget,
         scores: Mapping[int, Floats],
+        specialize: bool,
     ) -> None:
         self.model, self.source, self.example_inputs = model, source, example_inputs
-        self.channels, self.budget, self.scores = channels, budget, scores
+        self.channels, self.budget, self.scores, self.specialize = channels, budget, scores, specialize
         self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
     def plan(self, ranked: Sequence[Candidate], whole: Sequence[Excluded]) -> ChannelPlan:
@@ -169,6 +182,7 @@ class _Planner:
             model=self.model,
             example_inputs=self.example_inputs,
             spared=kept_directions(group for group, _ in chosen),
+            specialize=self.specialize,
         )
 
     def _refused(self, plan: ChannelPlan) -> dict[int, str]:

@@ -19,6 +19,10 @@ from fxsparse.planning.prune_groups import is_run
 Floats = npt.NDArray[np.float64]
 
 
+class Unmet(ConfigError):
+    """What is free to go does not meet the budget."""
+
+
 class Scope(enum.Enum):
     """Which channels compete with each other.
 
@@ -108,7 +112,7 @@ def structure(group: ChannelGroup) -> object:
 
 def allowed_losses(group: ChannelGroup, limits: Limits) -> tuple[int, ...]:
     """The numbers of channels that a group may lose, ascending from 0."""
-    step = 1
+    step = group.multiple
     for member in group.members:
         width = len(member.indices[0])
         step = math.lcm(step, limits.round_to // math.gcd(limits.round_to, width))
@@ -162,7 +166,7 @@ class Choice:
         low, high = 0, len(self.sequence)
         least = cost(high)
         if least > limit:
-            raise ConfigError(
+            raise Unmet(
                 f"`density` (={budget.density}) of {type(budget).__name__} cannot be met: {least / whole:.1%} of the "
                 f"{budget.unit} stay when every channel group that may be pruned keeps its least; raise it, or lower "
                 "`min_channels`, `min_density` or `round_to`"

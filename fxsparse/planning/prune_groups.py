@@ -22,6 +22,7 @@ from fxsparse.planning.select import Selector, places, select
 Indices = Mapping[Place, tuple[int, ...]]
 """(Parameter or buffer, dimension) -> indices, ascending."""
 _HARMLESS = frozenset({"sum"})  # what reads zeros as if they were not there
+_COUNTED = frozenset({"layer_norm"})  # what can count zeros that are not there
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def free_groups(
     channels: Channels,
     include: Selector | Iterable[Selector] | None = None,
     exclude: Selector | Iterable[Selector] | None = None,
+    norms: bool = False,
 ) -> tuple[tuple[ChannelGroup, ...], tuple[Excluded, ...]]:
     """The groups that may be pruned, and the others.
 
@@ -79,6 +81,7 @@ def free_groups(
         channels: its channels.
         include: groups with one of these parameters; None = all.
         exclude: no group with one of these parameters.
+        norms: also groups of features that layer norms read together.
 
     Raises:
         ConfigError: a selector picks nothing.
@@ -90,7 +93,7 @@ def free_groups(
     whole: list[Excluded] = []
     for group in channels.groups:
         names = {member.parameter for member in group.members}
-        if not group.prunable or group.mixed - _HARMLESS:
+        if not group.prunable or group.mixed - _HARMLESS - (_COUNTED if norms else frozenset()):
             whole.append(excluded(group, group.reason))
         elif not names & parameters:
             whole.append(excluded(group, "no parameter goes with its channels"))
@@ -173,9 +176,8 @@ def kept_directions(groups: Iterable[ChannelGroup]) -> frozenset[Place]:
     return frozenset(
         (member.parameter, member.dim)
         for group in groups
-        if any(m.role.startswith("_weight_norm") and m.role.endswith(".g") for m in group.members)
         for member in group.members
-        if member.role.startswith("_weight_norm") and member.role.endswith(".v")
+        if member.role.startswith("_weight_norm") and member.role.endswith(f".v{member.dim}")
     )
 
 

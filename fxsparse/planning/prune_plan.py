@@ -69,6 +69,7 @@ class ChannelPlan:
         model: the model that was planned.
         example_inputs: the example inputs.
         spared: of `removed`, directions of normalised weights, which go but cannot become zero.
+        specialize: whether the model became a graph for inputs like the example's only.
     """
 
     groups: tuple[PlannedGroup, ...]
@@ -81,6 +82,7 @@ class ChannelPlan:
     model: nn.Module = field(repr=False)
     example_inputs: Any = field(repr=False)
     spared: frozenset[Place] = frozenset()
+    specialize: bool = False
 
     def masked(self) -> nn.Module:
         """A copy of the model in which everything that goes with the planned channels is zero, at the old sizes.
@@ -90,7 +92,7 @@ class ChannelPlan:
         Raises:
             ConfigError: the model has other parameters or sizes than when it was planned.
         """
-        result = owned_copy(captured_form(self.model, self.example_inputs))
+        result = owned_copy(captured_form(self.model, self.example_inputs, self.specialize))
         zero_(result, self.removed, self.spared)
         return result
 
@@ -114,7 +116,7 @@ class ChannelPlan:
             PassError: something that was planned cannot go any more.
         """
         check_compactable(self.model)
-        moves = Moves(self.model, self.example_inputs, optimizer, followers)
+        moves = Moves(self.model, self.example_inputs, optimizer, followers, self.specialize)
         masked = self.masked()
         found = compact_channels(masked, folded_form(masked), self.example_inputs, only=self.removed)
         left = left_whole(found, self.removed)
@@ -135,6 +137,7 @@ class ChannelPlan:
         pairs = [("parameters", self.parameters), ("MACs", self.macs), *([(unit, self.cost)] if unit else [])]
         lines += [f"{name}: {_number(a)} -> {_number(b)} ({b / a if a else 1:.1%})" for name, (a, b) in pairs]
         lines.append(f"budget: at most {self.budget.density:.1%} of the {self.budget.unit} stay")
+        lines += ["what `apply` returns takes inputs like the example's only (`specialize`)"] if self.specialize else []
         return "\n".join(lines)
 
     def explain(self) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from fxsparse.graph import Capture
+from fxsparse.graph.tree import parameters_of
 from fxsparse.nn import SPARSE_TYPES, Guard, Route
 from fxsparse.passes import graphs_of
 from fxsparse.passes.places import owner_of, places_of, split_name
@@ -90,17 +91,18 @@ class _Graphs:
     """Which code executes in a graph, and which parameters the graphs read."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.calls: dict[str, list[str]] = {}
+        self.calls: dict[str, set[str]] = {}
         self.reads: dict[str, set[str]] = {}  # by first name
         self.read_names: set[str] = set()
         self.holders: dict[str, str | None] = {}
-        first = {id(parameter): name for name, parameter in module.named_parameters()}
+        first = {id(parameter): name for name, parameter in parameters_of(module)}
         for path, found in graphs_of(module).items():
-            calls = [node.target for node in found.graph.nodes if node.op == "call_module"]
-            self.calls[path] = [join(path, str(target)) for target in calls]
-            parameters = dict(found.named_parameters(remove_duplicate=False))
-            for node in found.graph.nodes:
-                if node.op == "get_attr" and str(node.target) in parameters:
+            calls = found.graph.find_nodes(op="call_module")
+            self.calls[path] = {join(path, str(node.target)) for node in calls}
+            reads = found.graph.find_nodes(op="get_attr")
+            parameters = dict(found.named_parameters(remove_duplicate=False)) if reads else {}
+            for node in reads:
+                if str(node.target) in parameters:
                     self.reads.setdefault(first[id(parameters[str(node.target)])], set()).add(path)
                     self.read_names.add(join(path, str(node.target)))
 
@@ -121,22 +123,20 @@ class _Graphs:
         return self.holders[module]
 
     def _found_holder(self, module: str) -> str | None:
-        holders = [path for path in self.calls if _below(module, path)]
-        path = max(holders, key=len, default=None)
-        if path is None or any(_below(module, call) for call in self.calls[path]):
-            return None
-        return path
-
-
-def _below(path: str, ancestor: str) -> bool:
-    return ancestor == "" or path == ancestor or path.startswith(f"{ancestor}.")
+        around = [module]
+        while around[-1]:
+            around.append(around[-1].rpartition(".")[0])
+        path = next((path for path in around if path in self.calls), None)
+        return None if path is None or self.calls[path].intersection(around) else path
 
 
 def _describe(
     model: nn.Module, names: Sequence[str], usages: Sequence[Usage], recorded: bool, graphs: _Graphs
 ) -> Weight:
     owners = {name: owner_of(model, name) for name in names}
-    parameter = model.get_parameter(names[0])
+    module, attribute = owners[names[0]]
+    parameter = module._parameters[attribute]
+    assert parameter is not None
     layers = {name for name, (module, attribute) in owners.items() if _swappable(name, module, attribute)}
     in_graph = bool(usages) and all(graphs.runs(usage.module, names[0]) for usage in usages)
     derived = derivation(model, owners, parameter, usages, in_graph)

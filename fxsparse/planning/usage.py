@@ -10,6 +10,7 @@ from torch import fx, nn
 from fxsparse.graph import Capture, Use, WeightUse, weight_uses
 from fxsparse.graph.derivations import CONVS, FLIPS, MOVES, PRODUCTS, TRANSPOSED
 from fxsparse.graph.match import op_name
+from fxsparse.graph.tree import parameters_of
 from fxsparse.passes import graphs_of
 from fxsparse.planning.layouts import ON_THE_LEFT, ON_THE_RIGHT, einsum_layout, flipped, use_layout
 from fxsparse.sparsity import Layout
@@ -55,7 +56,7 @@ def usages_of(model: nn.Module, captured: Capture) -> dict[str, tuple[Usage, ...
     equations = _graph_uses(captured)
     if captured.recording is None:
         return {name: _up_to_products(uses) for name, uses in equations.items()}
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters_of(model)}
     for use in captured.recording.uses:
         if any(op.removesuffix("_like").removeprefix("new_") in _FORGETS for op in use.derived):
             continue
@@ -109,9 +110,12 @@ def _groups(use: Use) -> int:
 
 
 def _graph_uses(captured: Capture) -> dict[str, list[Usage]]:
-    first = {id(parameter): name for name, parameter in captured.module.named_parameters()}
+    first = {id(parameter): name for name, parameter in parameters_of(captured.module)}
     found: dict[str, list[Usage]] = {}
     for path, graph in graphs_of(captured.module).items():
+        reads = graph.graph.find_nodes(op="get_attr")
+        if not reads:
+            continue
         parameters = dict(graph.named_parameters(remove_duplicate=False))
         products: set[tuple[str, fx.Node]] = set()
         views: set[fx.Node] = set()
@@ -123,8 +127,8 @@ def _graph_uses(captured: Capture) -> dict[str, list[Usage]]:
             op = op_name(use.node).removeprefix("r") if op_name(use.node) == "rmatmul" else op_name(use.node)
             found.setdefault(name, []).append(Usage(op, path, True, derived, _graph_layout(use, op, derived, shape)))
             products.add((name, use.node))
-        for node in graph.graph.nodes:
-            if node.op == "get_attr" and str(node.target) in parameters:
+        for node in reads:
+            if str(node.target) in parameters:
                 name = first[id(parameters[str(node.target)])]
                 others = [user for user in node.users if (name, user) not in products]
                 found.setdefault(name, []).extend(

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from fisher_cases import CASES
 from torch import Tensor, nn
 
+import fxsparse
 from fxsparse.curvature import MSE, BCEWithLogits, CrossEntropy, FisherCollector, OutputLoss
 from fxsparse.curvature.groups import element
 
@@ -168,3 +169,35 @@ def test_draws_go_through_every_way_of_reading_a_weight(name: str) -> None:
 
 def test_elements_are_kept_in_the_parameters_shape() -> None:
     assert element((2, 3)).output_shape == (2, 3)
+
+
+@pytest.mark.parametrize("kind", ["sketch", "mc"])
+def test_sums_of_several_draws_without_variances(kind: str) -> None:
+    """Squares of output gradients are added up over draws, each with its weight, before one product."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    batch = torch.randn(7, 6, dtype=torch.float64), torch.arange(7) % 3
+    found = []
+    for variance in (True, False):
+        collector = FisherCollector(model, kind=kind, groups="element", samples=3, variance=variance)
+        collector.update(batch)
+        found.append(collector.get())
+    for key, value in found[0].items():
+        assert torch.allclose(found[1][key], value, rtol=1e-12), key
+
+
+@pytest.mark.parametrize("support", ["mask", "dense"])
+def test_sums_without_variances_respect_masks(support: str) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(7, 6, dtype=torch.float64), torch.arange(7) % 3
+    dense = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    model = fxsparse.transform(dense, (x,), sparsity=0.5)
+    found = []
+    for variance in (True, False):
+        collector = FisherCollector(model, kind="true", groups="element", support=support, variance=variance)
+        collector.update((x, y))
+        found.append(collector.get())
+    for key, value in found[0].items():
+        assert torch.allclose(found[1][key], value, rtol=1e-12), key
+    dead = ~fxsparse.masks(model)["0.weight"]
+    assert bool((found[1]["default|0.weight|element"][dead] == 0).all()) == (support == "mask")

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxsparse
-from fxsparse.curvature import FisherCollector
+from fxsparse.curvature import FisherCollector, Heads
+from fxsparse.curvature.taps_fused import fused_product
 from fxsparse.curvature.taps_statistic import Instrumented, instrument_fisher
 from fxsparse.errors import ConfigError, ExportError, PassError
 from fxsparse.graph import capture
@@ -39,7 +40,7 @@ def reference(model: nn.Module, *batches: tuple[Tensor, Tensor]) -> dict[str, Te
     collector = FisherCollector(model)
     for batch in batches:
         collector.update(batch)
-    return {key.split("|")[1]: value for key, value in collector.get().items() if key.endswith("channel")}
+    return {key.split("|")[1]: value for key, value in collector.get().items()}
 
 
 def check(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -65,7 +66,7 @@ def test_statistics_beside_ordinary_gradients(sparse: bool, reduction: str) -> N
     for name, parameter in plain.named_parameters():
         assert torch.allclose(own[name], parameter.grad, rtol=1e-12, atol=1e-14), name
     check(made.fisher(5, loss_scale=scale, mean=reduction == "mean"), reference(plain, (x, y)))
-    assert set(made.fisher(5)) == {"0.weight", "3.weight", "6.weight"}
+    assert set(made.fisher(5)) == {f"{k}.{name}" for k in (0, 3, 6) for name in ("weight", "bias")}
     made.clear()
     assert not any(value.any() for value in made.fisher(5).values())
 
@@ -93,7 +94,7 @@ def test_removal_gives_back_the_code() -> None:
     x, _ = data()
     graph = capture(network(), (x,)).module
     made = instrument_fisher(graph, (x,))
-    assert made.module.code != graph.code and "linear_tap" in made.module.code
+    assert made.module.code != graph.code and "fused_linear" in made.module.code
     assert made.module.state_dict().keys() == graph.state_dict().keys()
     made.module.load_state_dict(graph.state_dict())
     back = made.removed()
@@ -120,44 +121,121 @@ def test_statistics_stay_out_of_the_optimizer() -> None:
     made = instrument_fisher(network(), (x,))
     chosen = {id(p) for p in made.trainable()}
     assert not chosen & {id(p) for p in made.statistics.values()}
-    assert len(chosen) + 3 == len(list(made.module.parameters()))
+    assert len(chosen) + 6 == len(list(made.module.parameters()))
 
 
-def test_what_has_no_tap_is_named() -> None:
-    class Mixed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.shared, self.norm = nn.Linear(6, 6), nn.LayerNorm(6)
-            self.free, self.scaled = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(6, 6))
-            self.ring = nn.Conv1d(1, 1, 3, padding=1, padding_mode="circular")
+class Attends(nn.Module):
+    """Grouped queries, a fused projection, an embedding; the fused operator."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.norm(self.shared(torch.relu(self.shared(x))))
-            x = F.linear(self.ring(x[:, None])[:, 0], self.scaled * 2)
-            return F.linear(x, self.free)
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 6)
+        self.qkv, self.o, self.head = nn.Linear(6, (4 + 2 + 2) * 3), nn.Linear(12, 6), nn.Linear(6, 3)
 
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.attend(tokens, None)
+
+    def attend(self, tokens: Tensor, gate: Tensor | None) -> Tensor:
+        x = self.embedding(tokens)
+        q, k, v = self.qkv(x).split((12, 6, 6), -1)
+        n, t = tokens.shape[0], tokens.shape[1]
+        q, k, v = (each.reshape(n, t, -1, 3).transpose(1, 2) for each in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        y = y if gate is None else y * gate[None, :, None, None]
+        return self.head(self.o(y.transpose(1, 2).reshape(n, t, -1)).mean(1))
+
+
+def test_heads_and_gates_of_fused_attention() -> None:
     torch.manual_seed(0)
-    model, x = Mixed().double(), torch.randn(3, 6, dtype=torch.float64)
+    model, tokens, y = Attends().double(), torch.randint(0, 7, (5, 6)), torch.arange(5) % 3
+    layout = Heads(heads=4, kv_heads=2, fused=("qkv.weight",), outputs=("o.weight",))
+    made = instrument_fisher(model, (tokens,), heads=[layout], gates=True)
+    F.cross_entropy(made.module(tokens), y).backward()
+    found = made.fisher(5)
+    collector = FisherCollector(model, heads=[layout])
+    collector.update((tokens, y))
+    for key, value in collector.get().items():
+        _, name, kind = key.split("|")
+        mine = found[f"{name}|{kind}" if kind.startswith("head:") else name]
+        assert torch.allclose(mine, value, rtol=1e-10, atol=1e-18), key
+    assert {name: tuple(found[name].shape) for name in found if name.startswith("qkv.weight")} == {
+        "qkv.weight|head:q": (4,),
+        "qkv.weight|head:k": (2,),
+        "qkv.weight|head:v": (2,),
+    }
+    assert found["o.weight"].shape == (4,) and not made.refused
+    gate = torch.ones(4, dtype=torch.float64, requires_grad=True)
+    each = [torch.autograd.grad(F.cross_entropy(model.attend(tokens[[n]], gate), y[[n]]), gate)[0] for n in range(5)]
+    (name,) = [name for name in found if name.startswith("gate:")]
+    assert torch.allclose(found[name], torch.stack(each).square().mean(0), rtol=1e-10)
+    batch_mean = torch.stack(each).mean(0).square()
+    assert not torch.allclose(found[name], batch_mean, rtol=0.1)
+
+
+def test_only_some_parameters() -> None:
+    x, y = data()
+    model = network()
+    made = instrument_fisher(model, (x,), parameters=["3.weight"])
+    F.cross_entropy(made.module(x), y).backward()
+    assert set(made.fisher(5)) == {"3.weight"}
+    check(made.fisher(5), reference(model, (x, y)))
+    with pytest.raises(ConfigError, match="is no parameter"):
+        instrument_fisher(model, (x,), parameters=["9.weight"])
+
+
+def test_frozen_weights_and_hooks_keep_what_they_are() -> None:
+    x, y = data()
+    model = network()
+    model[3].weight.requires_grad_(False)
+    seen: list[int] = []
+    model[6].register_forward_hook(lambda *_: seen.append(1))
     made = instrument_fisher(model, (x,))
-    assert list(made.statistics) == ["free"]
-    assert "read 2 times" in made.refused["shared.weight"]
-    assert "LayerNorm" in made.refused["norm.weight"] and "circular" in made.refused["ring.weight"]
-    assert "has no tap" in made.refused["scaled"]
-    F.cross_entropy(made.module(x), torch.tensor([0, 1, 2])).backward()
-    check(made.fisher(3), reference(model, (x, torch.tensor([0, 1, 2]))))
-    with pytest.raises(ConfigError, match="no layer to tap"):
-        instrument_fisher(nn.Sequential(nn.LayerNorm(6)).double(), (x,))
+    assert "3.weight" not in made.statistics and "3.bias" in made.statistics
+    seen.clear()
+    F.cross_entropy(made.module(x), y).backward()
+    assert seen == [1] and model[3].weight.grad is None
+    full = network()
+    check(made.fisher(5), reference(full, (x, y)))
+
+
+def test_low_precision_is_summed_in_float32() -> None:
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)), torch.randn(5, 6), torch.arange(5) % 3
+    made = instrument_fisher(model, (x,))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = F.cross_entropy(made.module(x), y)
+    loss.backward()
+    assert all(p.dtype is torch.float32 for p in made.statistics.values())
+    exact = reference(copy.deepcopy(model), (x, y))
+    for name, value in made.fisher(5).items():
+        assert torch.allclose(value, exact[name].float(), rtol=0.1), name
+
+
+@pytest.mark.parametrize(("positions", "fan_in", "fan_out"), [(1, 6, 5), (2, 40, 50), (3, 4, 5), (36, 400, 300)])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("masked", [False, True])
+def test_products_in_every_form(positions: int, fan_in: int, fan_out: int, axis: int, masked: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(20, positions, fan_in, generator=generator, dtype=torch.float64)
+    d = torch.randn(20, positions, fan_out, generator=generator, dtype=torch.float64)
+    mask = torch.rand(fan_out, fan_in, generator=generator) > 0.5 if masked else None
+    g = torch.einsum("nto,nti->noi", d, x)
+    squares, total = fused_product(x, d, mask, axis, True, torch.float64)
+    kept = g if mask is None else g * mask
+    assert total is not None and torch.allclose(total, g.sum(0), rtol=1e-10, atol=1e-12)
+    assert torch.allclose(squares, kept.square().sum((0, 2 if axis == 0 else 1)), rtol=1e-10)
+    assert fused_product(x, d, mask, axis, False, torch.float64)[1] is None
 
 
 def test_the_pass_refuses_what_it_cannot_do() -> None:
     x, _ = data()
     graph = capture(network(), (x,)).module
     made = instrument_fisher(graph, (x,))
-    tap = Tap("", "_6", "6.weight", lambda y, *_: y, 3)
+    tap = Tap("", "_6", ("6.weight", None), (3, 0), lambda y, *_: y)
     with pytest.raises(PassError, match="instrument_fisher.*has Fisher taps already"):
         InstrumentFisher([tap])(made.module)
     with pytest.raises(PassError, match="is no node"):
-        InstrumentFisher([Tap("", "_9", "6.weight", lambda y, *_: y, 3)])(graph)
+        InstrumentFisher([Tap("", "_9", ("6.weight", None), (3, 0), lambda y, *_: y)])(graph)
     with pytest.raises(PassError, match="is no graph"):
-        InstrumentFisher([Tap("x", "_6", "6.weight", lambda y, *_: y, 3)])(graph)
+        InstrumentFisher([Tap("x", "_6", ("6.weight", None), (3, 0), lambda y, *_: y)])(graph)
     assert isinstance(made, Instrumented) and issubclass(ExportError, RuntimeError)

@@ -71,7 +71,7 @@ def test_a_session_is_no_trace() -> None:
     with tracing():
         trace(Spy())
         Spy()(X)
-    assert seen == ["_Proxy", "Tensor"]
+    assert seen == ["ValueProxy", "Tensor"]
 
 
 class Branching(nn.Module):
@@ -241,3 +241,96 @@ def test_the_tree_is_walked_as_torch_walks_it() -> None:
 def test_a_scripted_part_is_a_node_of_a_copied_model_too() -> None:
     model = nn.Sequential(torch.jit.script(nn.Linear(4, 4)), nn.Linear(4, 2))
     assert capture(model, (X,), copied=True).graphs == capture(model, (X,)).graphs == ("",)
+
+
+class Unpacks(nn.Module):
+    """Unpacks a value into two and three, in a loop and in nested targets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            a, b = self.linear(x).chunk(2, -1)
+            x = torch.cat([b, a], -1)
+        (c, d, e), f = x[:3].unbind(0), x[0]
+        return torch.stack((c, d, e, f)) + x[:1, 1:2]
+
+
+def test_unpacking_follows_the_code_that_unpacks() -> None:
+    model = Unpacks()
+    graph = fx.GraphModule(model, trace(model).graph)
+    assert torch.equal(graph(X), model(X))
+    alone = fx.GraphModule(model, fx.Tracer().trace(model))
+    assert [(n.op, n.target) for n in graph.graph.nodes] == [(n.op, n.target) for n in alone.graph.nodes]
+
+
+@pytest.mark.parametrize("body", ["list(x)", "[row for row in x]", "torch.stack([*x])"])
+def test_iteration_without_a_known_length_is_refused(body: str) -> None:
+    class Iterates(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return eval(body)
+
+    with pytest.raises(Untraceable, match="iterated"):
+        trace(Iterates())
+
+
+class Shared(nn.Module):
+    """Reads parameters directly, under the second of two names as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(4, 4))
+        self.inner = nn.Linear(4, 4)
+        self.inner.weight = self.first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.inner.bias, x, self.inner.weight, beta=2) @ self.first
+
+
+def test_parameters_that_are_read_directly_are_read_by_name() -> None:
+    model = Shared()
+    found, alone = trace(model).graph, fx.Tracer().trace(model)
+    reads = [str(node.target) for node in found.find_nodes(op="get_attr")]
+    assert reads == [str(node.target) for node in alone.find_nodes(op="get_attr")] and "first" in reads
+    assert torch.equal(fx.GraphModule(model, found)(X), model(X))
+
+
+class Remembers(nn.Module):
+    """Changes one of its attributes, as `how` says."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.seen, self.table, self.names, self.count = [1, 2], {"a": 1}, {"a"}, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        exec(self.how, {"self": self, "x": x})
+        return x + 1
+
+
+@pytest.mark.parametrize(
+    ("how", "name"),
+    [
+        ("self.seen.append(x)", "seen"),
+        ("self.seen[0] = 7", "seen"),
+        ("self.seen.reverse()", "seen"),
+        ("self.seen.clear()", "seen"),
+        ("self.table['b'] = x", "table"),
+        ("self.table['a'] = 5", "table"),
+        ("self.names.add('b')", "names"),
+        ("self.count += 1", "count"),
+        ("self.fresh = 3", "fresh"),
+        ("del self.count", "count"),
+    ],
+)
+def test_a_trace_that_changes_an_attribute_is_refused_and_undone(how: str, name: str) -> None:
+    model = Remembers(how)
+    held = (model.seen, model.table, model.names)
+    with pytest.raises(Untraceable, match=f"attribute `{name}`"):
+        trace(model)
+    assert (model.seen, model.table, model.names, model.count) == ([1, 2], {"a": 1}, {"a"}, 0)
+    assert all(a is b for a, b in zip(held, (model.seen, model.table, model.names), strict=True))
+    assert not hasattr(model, "fresh")
+    assert list(model.__dict__)[-5:] == ["how", "seen", "table", "names", "count"]

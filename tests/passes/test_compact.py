@@ -179,16 +179,16 @@ def test_a_layer_with_nothing_alive_keeps_one_channel() -> None:
     assert_equal(model, small, x)
 
 
-def test_a_recurrent_layer_is_a_barrier_and_named() -> None:
+def test_constants_go_into_the_bias_of_a_recurrent_layer() -> None:
     torch.manual_seed(0)
     model, x = Recurrent().double().eval(), torch.randn(2, 3, 4).double()
     with torch.no_grad():
         model.before.weight[:2] = 0.0
     small = compact(masked(model, x), (x,))
-    report = compaction_report(small)
-    assert small.before.weight.shape == (6, 4) and not report.rows
-    assert any("lstm in `rnn`" in barrier for barrier in report.barriers)
-    assert "nothing was removed" in str(report)
+    assert small.before.weight.shape == (4, 4) and small.rnn.input_size == 4
+    assert any("rnn.bias_ih_l0" in row.folded for row in compaction_report(small).rows)
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), model(x), rtol=1e-12, atol=1e-12)
 
 
 def test_auxiliary_heads_of_train_mode_are_shortened_too() -> None:

@@ -36,8 +36,7 @@ def transform(subject: Subject, sheet: Sheet) -> None:
     _time_parts(subject, sheet)
     seeds = rng_fingerprint()
     began, wall = time.process_time(), time.monotonic()
-    plan = fxsparse.plan(model, inputs)
-    dense = plan.apply()
+    dense = fxsparse.transform(model, inputs)
     seconds = time.process_time() - began
     sheet.numbers["transform_s"], sheet.numbers["transform_wall_s"] = (
         round(seconds, 4),
@@ -47,7 +46,7 @@ def transform(subject: Subject, sheet: Sheet) -> None:
     sheet.numbers["ratio"] = round(seconds / parts, 3) if parts else 0.0
     sheet.check(rng_fingerprint() == seeds, "transform moved a random generator")
     _check_untouched(model, before, sheet)
-    _note_coverage(model, plan, dense, sheet)
+    _note_coverage(model, fxsparse.plan(model, inputs), dense, sheet)
     dense.eval()
     gap = outputs_difference(subject.expected, forward(dense, inputs))
     sheet.within("eval_difference", gap, subject.tolerance(), "outputs at sparsity 0 in eval mode")
@@ -61,7 +60,7 @@ def _warm_up() -> None:
     """Let what happens once a process (imports, first uses of torch) happen outside the times."""
     tiny = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     fx.symbolic_trace(tiny)
-    fxsparse.plan(tiny, (torch.zeros(1, 2),)).apply()
+    fxsparse.transform(tiny, (torch.zeros(1, 2),))
 
 
 def _time_parts(subject: Subject, sheet: Sheet) -> None:
