@@ -4,11 +4,11 @@ Run: python benchmarks/accuracy_and_speed.py [CHECKPOINTS] [--seeds 0 1 2] [--ba
      [--steps train export accuracy speed]     (all by default; each goes on where it was)
 A convolutional net on Fashion-MNIST, trained by `fashion_arms.py`, becomes one file for each arm and target.
 Accuracy is that of the files, run in their own runtime on the 10,000 test images: mean and standard deviation over
-the seeds. Latency is the median of calls in turns in one process on one thread, of the first seed's files; ratios
-are the dense float file's time over the row's. 8-bit files are calibrated on 512 training images. Peers, on the
-dense net where nothing else is said: onnxruntime's own static and dynamic 8 bits, OpenVINO float and 8-bit (NNCF),
-Torch-Pruning at the MACs of the halved net with the same training. torch's CSR has no convolution and is not here;
-see `whole_nets.py`.
+the seeds. Latency is the 10 % quantile of the processor time of calls in turns in one process on one thread, of the
+first seed's files; ratios are the dense float file's time over the row's. 8-bit files are calibrated on 512 training
+images. Peers, on the dense net where nothing else is said: onnxruntime's own static and dynamic 8 bits, OpenVINO
+float and 8-bit (NNCF), Torch-Pruning at the MACs of the halved net with the same training. torch's CSR has no
+convolution and is not here; see `whole_nets.py`.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def speed(folder: Path, splits: Splits, seed: int, batches: Sequence[int], secon
         x = np.ascontiguousarray(splits.test.inputs[:batch].numpy())
         runs = {row: peers.bound(each, x) for row, each in opened.items()}
         runs |= {row: peers.openvino_run(request, x) for row, request in requests.items()}
-        times[str(batch)] = peers.medians(runs, seconds)
+        times[str(batch)] = peers.low_times(runs, seconds)
     (folder / "speed.json").write_text(json.dumps({"conditions": peers.conditions(), "ms": times}, indent=1))
 
 

@@ -6,8 +6,8 @@ A small convolutional net and two encoders of random weights (latency does not d
 magnitude). Files are made by `export_onnx` and kept in FOLDER: dense, SharedSupport(64) at 90 %, half of the channels
 (the net of convolutions), each as float and 8-bit. Peers in the same run: onnxruntime's own static and dynamic 8
 bits, OpenVINO float and 8-bit (NNCF) of the dense net; PyTorch with unstructured zeros of 90 % in its linear layers
-as CSR; Torch-Pruning at the MACs of the halved net and of the SharedSupport one. Medians of calls in turns, by the
-clock, one process, one thread.
+as CSR; Torch-Pruning at the MACs of the halved net and of the SharedSupport one. Latency is the 10 % quantile of
+the processor time of calls in turns, one process, one thread.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def speed(folder: Path, net: Net, batches: list[int], seconds: float) -> None:
         runs = {row: peers.bound(each, x.numpy()) for row, each in sessions.items()}
         runs |= {row: peers.openvino_run(request, x.numpy()) for row, request in requests.items()}
         runs |= {row: peers.torch_run(model, x) for row, model in sparse.items()}
-        times[str(batch)] = peers.medians(runs, seconds)
+        times[str(batch)] = peers.low_times(runs, seconds)
     (folder / "speed.json").write_text(json.dumps({"conditions": peers.conditions(), "ms": times}, indent=1))
 
 

@@ -51,6 +51,10 @@ if TYPE_CHECKING:
     from fxsparse.lottery import regroup as regroup
     from fxsparse.lottery import regroup_ticket as regroup_ticket
     from fxsparse.lottery import save_ticket as save_ticket
+    from fxsparse.nn import FastMode as FastMode
+    from fxsparse.nn import accelerate as accelerate
+    from fxsparse.nn import decelerate as decelerate
+    from fxsparse.nn import fast_report as fast_report
     from fxsparse.nn import masks as masks
     from fxsparse.nn import set_masks as set_masks
     from fxsparse.passes import Form as Form
@@ -106,6 +110,8 @@ if TYPE_CHECKING:
     from fxsparse.training import SynFlow as SynFlow
     from fxsparse.training import attach as attach
     from fxsparse.training import prune as prune
+    from fxsparse.training import restore_dense as restore_dense
+    from fxsparse.training import store_alive as store_alive
 
 __version__ = "0.1.0"
 
@@ -119,7 +125,7 @@ _NAMES = {
         *("bench_files", "optimize_file", "verify_file"),
     ),
     "lottery": ("Ticket", "load_ticket", "save_ticket", "RegroupReport", "regroup", "regroup_ticket"),
-    "nn": ("masks", "set_masks"),
+    "nn": ("masks", "set_masks", "FastMode", "accelerate", "decelerate", "fast_report"),
     "passes": ("Verify", "Form", "LoweringResult", "legal_forms", "lower_shared_support"),
     "planning": (
         "CompactionReport",
@@ -141,6 +147,7 @@ _NAMES = {
         *("Static", "GMP", "ACDC", "SET", "RigL", "ITOP", "SNFS", "SRigL", "MEST", "RESU", "Densify", "RESUTrainer"),
         *("OneShot", "SNIP", "GraSP", "SynFlow", "prune"),
         *("Handle", "Initial", "NonFinite", "Regroup", "attach"),
+        *("restore_dense", "store_alive"),
     ),
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names}

@@ -157,12 +157,6 @@ def instance_norm(channels: Channels, node: ir.Node) -> None:
     channels.cut(node, 2, 0, track.labels)
 
 
-def mixes(channels: Channels, node: ir.Node) -> None:
-    """Reads all channels together."""
-    for value in node.inputs:
-        channels.freeze(node, value, "reads all channels together")
-
-
 def layer_norm(channels: Channels, node: ir.Node) -> None:
     """Reads the axes from `axis` on together; channels before them pass."""
     _along(channels, node, lambda axis, first: axis >= first)
@@ -170,19 +164,17 @@ def layer_norm(channels: Channels, node: ir.Node) -> None:
 
 def softmax(channels: Channels, node: ir.Node) -> None:
     """Reads one axis together (all from it on before operator set 13)."""
-    if opset(channels.model) < 13:
-        mixes(channels, node)
-    else:
-        _along(channels, node, lambda axis, first: axis == first)
+    early = opset(channels.model) < 13
+    _along(channels, node, lambda axis, first: axis == first or (early and axis > first), 1 if early else -1)
 
 
-def _along(channels: Channels, node: ir.Node, reads: Callable[[int, int], bool]) -> None:
+def _along(channels: Channels, node: ir.Node, reads: Callable[[int, int], bool], first: int = -1) -> None:
     value = node.inputs[0]
     track, found = channels.tracks.get(value) if value is not None else None, sizes(value)
     if track is None:
         return
     several = any(output.uses() or output.is_graph_output() for output in node.outputs[1:])
-    if found is None or several or reads(track.axis, integer(node, "axis", -1) % len(found)):
+    if found is None or several or reads(track.axis, integer(node, "axis", first) % len(found)):
         channels.freeze(node, value, "reads all channels together")
         return
     channels.follow(node.outputs[0], track.axis, track.labels)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from fxsparse.exporters.file_graph import integer, whole
+from fxsparse.exporters.file_graph import integer, sizes, whole
 from fxsparse.exporters.file_inputs import Feed
 from fxsparse.exporters.file_wire import hollow
 
@@ -13,6 +13,13 @@ _READ = 4096  # bytes up to which inference reads the content of a tensor: a lis
 
 def infer(model: ir.Model) -> None:
     """Fill in the sizes that follow from the operators; what a foreign operator makes stays unknown."""
+    _infer_once(model)
+    if _from_targets(model):
+        _infer_once(model)
+    _join_names(model)
+
+
+def _infer_once(model: ir.Model) -> None:
     import onnx
 
     inferred = onnx.shape_inference.infer_shapes(hollow(model, _READ), data_prop=True)
@@ -27,7 +34,26 @@ def infer(model: ir.Model) -> None:
             if found.HasField("shape"):
                 dims = [d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in found.shape.dim]
                 value.shape = _merged(value.shape, dims)
-    _join_names(model)
+
+
+def _from_targets(model: ir.Model) -> bool:
+    """Read sizes of reshaped values off shapes that are put together of single entries; whether there were any.
+
+    Before operator set 14 inference does not.
+    """
+    read = False
+    for node in model.graph:
+        known = sizes(node.outputs[0])
+        if node.op_type != "Reshape" or node.inputs[1] is None or (known is not None and None not in known):
+            continue
+        maker = node.inputs[1].producer()
+        if maker is None or maker.op_type != "Concat" or any(sizes(part) != [1] for part in maker.inputs):
+            continue
+        entries = [(whole(part) or [-1])[0] for part in maker.inputs]
+        made = _merged(node.outputs[0].shape, [size if size > 0 else None for size in entries])
+        read = read or made != node.outputs[0].shape
+        node.outputs[0].shape = made
+    return read
 
 
 def _merged(known: ir.Shape | None, found: list[int | str | None]) -> ir.Shape:

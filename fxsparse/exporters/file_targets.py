@@ -153,11 +153,7 @@ def target_sizes(node: ir.Node, found: Sizes) -> Sizes | None:
     """The sizes of what a Reshape makes, as far as they are known."""
     target, made = whole(node.inputs[1]), sizes(node.outputs[0])
     if target is None:
-        parts = (node.inputs[1].producer() if node.inputs[1] is not None else None) if made is None else None
-        if parts is None or parts.op_type != "Concat" or any(sizes(part) != [1] for part in parts.inputs):
-            return made
-        entries = [fixed_entry(part) for part in parts.inputs if part is not None]
-        return None if 0 in entries else [None if size == -1 else size for size in entries]
+        return made
     copies = not integer(node, "allowzero", 0)
     if not copies and 0 in target:
         return None

@@ -48,7 +48,8 @@ def write_model(model: ir.Model, proto: Any, file: BinaryIO) -> None:
     Raises:
         ValueError: the message would be larger than 2 GB.
     """
-    stored = {t.name: t for t in proto.graph.initializer if t.name in _large(model)}
+    large = _large(model)
+    stored = {t.name: t for t in proto.graph.initializer if t.name in large}
     kept = [t for t in proto.graph.initializer if t.name not in stored]
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(kept)

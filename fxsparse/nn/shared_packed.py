@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fxsparse.errors import ConfigError
+from fxsparse.nn.sharded import is_sharded
 from fxsparse.nn.shared import MASK, ROW_ORDER, WEIGHT, SharedPath, path_of
 from fxsparse.nn.shared_index import held_index, write_index_
 from fxsparse.nn.shared_product import Index, read_alive, spread_values
@@ -71,9 +72,14 @@ def write_packed_mask_(module: nn.Module, mask: Tensor, row_order: Tensor | None
         mask: The new mask.
         row_order: The new row order; the present one stays by default, and it is in its buffer already.
         loading: Whether optimizers keep their state, because a checkpoint brings it.
+
+    Raises:
+        ConfigError: the parameter is spread over ranks.
     """
     path, parameter = packed_path(module), _parameter(module)
     assert path is not None
+    if is_sharded(parameter):
+        raise ConfigError(f"`weight` of {type(module).__name__} is sharded: its alive entries cannot move; use DDP")
     before, rows, held = held_index(module), path.rows, parameter.shape
     old = Index(*(each.clone() for each in before))
     order = module._buffers.get(ROW_ORDER) if row_order is None else row_order

@@ -182,7 +182,9 @@ class ReusedGradient:
     def lent(self, gradient: Tensor) -> bool:
         """Whether this is what was lent last, as it was lent: zero at dead entries."""
         kept = self._kept
-        if kept is None or gradient.shape != kept.shape or gradient.data_ptr() != kept.data_ptr():
+        if kept is None or type(gradient) is not Tensor or gradient.shape != kept.shape:
+            return False
+        if gradient.data_ptr() != kept.data_ptr():
             return False
         return gradient._version == self._version
 

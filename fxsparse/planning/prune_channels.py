@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -111,7 +112,8 @@ def plan_channels(
         _check_any(groups, whole)
         scores = {group.id: scored(function, group, parameters).numpy() for group in groups}
         ranked = candidates(groups, scores, scope, limits)
-        return _Planner(model, source, example_inputs, channels, budget, scores, specialize).plan(ranked, whole)
+        plan = _Planner(model, source, example_inputs, channels, budget, scores, specialize).plan(ranked, whole)
+        return dataclasses.replace(plan, norms=norms)
 
     try:
         return planned(False)

@@ -70,6 +70,7 @@ class ChannelPlan:
         example_inputs: the example inputs.
         spared: of `removed`, directions of normalised weights, which go but cannot become zero.
         specialize: whether the model became a graph for inputs like the example's only.
+        norms: whether features of layer norms were free to go, because the rest could not meet the budget.
     """
 
     groups: tuple[PlannedGroup, ...]
@@ -83,6 +84,7 @@ class ChannelPlan:
     example_inputs: Any = field(repr=False)
     spared: frozenset[Place] = frozenset()
     specialize: bool = False
+    norms: bool = False
 
     def masked(self) -> nn.Module:
         """A copy of the model in which everything that goes with the planned channels is zero, at the old sizes.
@@ -137,6 +139,7 @@ class ChannelPlan:
         pairs = [("parameters", self.parameters), ("MACs", self.macs), *([(unit, self.cost)] if unit else [])]
         lines += [f"{name}: {_number(a)} -> {_number(b)} ({b / a if a else 1:.1%})" for name, (a, b) in pairs]
         lines.append(f"budget: at most {self.budget.density:.1%} of the {self.budget.unit} stay")
+        lines += ["layer norms that lose features count them as zeros (`SizedLayerNorm`)"] if self.norms else []
         lines += ["what `apply` returns takes inputs like the example's only (`specialize`)"] if self.specialize else []
         return "\n".join(lines)
 

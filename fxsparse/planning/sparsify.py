@@ -206,7 +206,7 @@ def sparsity_report(model: nn.Module) -> SparsityReport:
         if name in masked:
             weight = masked[name]
             alive = int(weight.mask.sum()) if not weight.mask.is_meta else weight.mask.numel()
-            row = WeightRow(name, tuple(parameter.shape), str(weight.spec.pattern), alive, _route(weight), reason)
+            row = WeightRow(name, tuple(weight.shape), str(weight.spec.pattern), alive, _route(weight), reason)
         elif parameter.ndim >= 2 or name in known:
             row = WeightRow(name, tuple(parameter.shape), "-", parameter.numel(), "-", reason)
         else:

@@ -12,6 +12,7 @@ from torch.optim import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam
 
 from fxsparse.errors import ConfigError
 from fxsparse.nn import MaskedWeight
+from fxsparse.nn.sharded import is_sharded
 from fxsparse.nn.shared import FastMode, close_path, open_path, path_of
 from fxsparse.nn.shared_accelerate import FAST_TYPES
 from fxsparse.nn.shared_packed import pack_, unpack_
@@ -72,8 +73,8 @@ def store_alive(handle: Handle) -> StorageReport:
 
     Raises:
         ConfigError: an optimizer that mixes the entries of a weight or keeps state of other shapes, a method with
-            phases of its own, averaged copies that follow the handle, a DDP wrapper (wrap the model afterwards), or
-            no weight that could be stored so. Nothing has changed then.
+            phases of its own, averaged copies that follow the handle, a DDP wrapper (wrap the model afterwards),
+            sharded weights, or no weight that could be stored so. Nothing has changed then.
     """
     _check(handle)
     weights = handle.masked
@@ -142,6 +143,9 @@ def _check(handle: object) -> None:
         )
     if any(isinstance(module, DistributedDataParallel) for module in handle.model.modules()):
         raise ConfigError("DistributedDataParallel has laid out the dense gradients already; wrap after store_alive")
+    sharded = [name for name, weight in handle.masked.items() if is_sharded(weight.weight)]
+    if sharded:
+        raise ConfigError(f"`{sharded[0]}` (=DTensor) is sharded: its alive entries cannot move; use DDP")
 
 
 def _check_weights(

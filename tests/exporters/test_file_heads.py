@@ -348,6 +348,25 @@ def test_exports_of_torch_lose_their_dead_heads(tmp_path: Path, form: str, dynam
     assert source.read_bytes() == before
 
 
+@pytest.mark.parametrize("opset", [11, 13, 17])
+def test_exports_of_old_operator_sets_lose_their_dead_heads(tmp_path: Path, opset: int) -> None:
+    torch.manual_seed(0)
+
+    class Old(Attention):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            rows, length, size = x.shape
+            q, k, v = self.qkv(x).reshape(rows, length, 3, 4, 6).permute(2, 0, 3, 1, 4).unbind(0)
+            mixed = (q @ k.transpose(2, 3) * 0.4).softmax(-1) @ v
+            return self.o(mixed.transpose(1, 2).reshape(rows, length, size))
+
+    options = {"input_names": ["x"], "dynamic_axes": {"x": {0: "batch"}}, "opset_version": opset}
+    source = export(Old("unbind"), (torch.randn(2, 5, 24),), tmp_path / "a.onnx", dynamo=False, **options)
+    report = optimize_file(source, tmp_path / "b.onnx", latency=False)
+    # before set 13 a Softmax over the last axis of four is one too
+    assert sorted(new for _, new in report.resized.values()) == [(12, 24), (24, 36)]
+    assert report.verification is not None and report.verification.exact is not None
+
+
 def test_counts_and_what_makes_rows_even() -> None:
     kept = np.array([[1, 0, 1], [0, 0, 0], [1, 1, 1]], bool)
     assert counts(kept) == (2, 3) and counts(np.zeros((2, 2), bool)) == (0, 0)

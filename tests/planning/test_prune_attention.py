@@ -174,6 +174,7 @@ def gated(width: int = 8) -> nn.Module:
 def test_features_of_a_layer_norm_go_where_nothing_else_can() -> None:
     plan = pruned(gated(), (floats(4, 6),))
     small = plan.apply()
+    assert "count them as zeros" in str(plan)
     assert type(small[1]) is SizedLayerNorm and small[1].total == 8 and small[1].normalized_shape == (4,)
     again = pruned(small, (floats(4, 6),))
     assert again.apply()[1].total == 8 and again.apply()[1].normalized_shape == (2,)

@@ -13,7 +13,7 @@ from fxsparse.errors import ConfigError, FxSparseError
 from fxsparse.nn.shared import FastMode
 from fxsparse.nn.shared_accelerate import accelerate, decelerate, fast_report
 from fxsparse.sparsity import SharedSupport
-from fxsparse.training import Initial, Regroup
+from fxsparse.training import Initial, Regroup, alive_only
 from fxsparse.training.alive_only import ELEMENTWISE, restore_dense, store_alive
 from tests.strategies import OPTIMIZERS
 
@@ -283,6 +283,10 @@ def test_what_cannot_be_stored_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="`handle`"):
         store_alive(network())
     run = Run(SGD, static, "plain")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(alive_only, "is_sharded", lambda weight: weight.ndim == 4)
+        with pytest.raises(ConfigError, match="`0.weight` .*sharded"):
+            store_alive(run.handle)
     run.handle.follow(AveragedModel(run.model))
     with pytest.raises(ConfigError, match="averaged"):
         store_alive(run.handle)
