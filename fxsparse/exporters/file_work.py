@@ -31,7 +31,7 @@ from fxsparse.exporters.runtime import interleaved, open_session
 _LARGE = 2**28  # bytes of tensors from which on no more than two sessions are open at once
 _SECONDS = 0.4  # for the whole files at one batch size
 _BLOCK = 16  # channels that onnxruntime's convolutions take together
-_NOISE = 1.03  # what a file that keeps dead channels has to gain
+_NOISE = 1.15  # what a file that keeps dead channels has to gain
 _OPSET = 11  # the first in which Gather, Split and Clip have the form that is written
 PROPERTY = "fxsparse.optimized"
 
@@ -106,9 +106,10 @@ def variants_of(model: ir.Model, feeds: Sequence[Feed], options: Options) -> lis
     if not options.lower:
         return [compacted, *rounded]
     if opset(model) < _OPSET:
-        compacted.notes.append(
-            f"operator set {opset(model)} is too old to lower products: export with {_OPSET} or newer"
-        )
+        for work in (compacted, *rounded):
+            work.notes.append(
+                f"operator set {opset(model)} is too old to lower products: export with {_OPSET} or newer"
+            )
         return [compacted, *rounded]
     made = [_chosen(compacted, feeds, options)]
     if compacted.removal is not None and compacted.removal.channels:
