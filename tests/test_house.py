@@ -31,7 +31,10 @@ FLOORS: dict[str, set[str]] = {
     "comparison": {"sparsity", "nn", "graph", "passes", "planning", "training", "models", "data", "report"},
 }
 TOP = {"cli", "demo", "zoo", "__init__", "__main__"}  # may import everything
-HEAVY = ("onnx", "onnxruntime", "onnxscript", "plotly", "sklearn", "typer", "rich", "pydantic", "yaml", "hypothesis", "lightning", "transformers")
+HEAVY = (
+    *("onnx", "onnxruntime", "onnxscript", "plotly", "sklearn", "typer", "rich", "pydantic", "yaml", "hypothesis"),
+    *("lightning", "transformers"),
+)
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -30,8 +30,8 @@ class SparseTraining(TrainerCallback):
     """Trains a model sparse: `Trainer(model=fxsparse.transform(model, ...), callbacks=[SparseTraining(method)], ...)`.
 
     The Trainer, its arguments and its optimizer stay as they are; accumulation, mixed precision, clipping and DDP are
-    as in `fxsparse.attach`. Each checkpoint of the Trainer gets a folder `fxsparse` (safetensors and JSON) with what the
-    method needs, and `trainer.train(resume_from_checkpoint=...)` goes on bit for bit.
+    as in `fxsparse.attach`. Each checkpoint of the Trainer gets a folder `fxsparse` (safetensors and JSON) with what
+    the method needs, and `trainer.train(resume_from_checkpoint=...)` goes on bit for bit.
 
     Args:
         method: A frozen method, such as `RigL(sparsity=0.9)`.
