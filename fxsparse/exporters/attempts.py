@@ -17,7 +17,6 @@ from fxsparse.exporters import external, placement
 from fxsparse.exporters.causes import is_structural, mend_of, reason_of
 from fxsparse.exporters.encodings import store_once
 from fxsparse.exporters.external import LIMIT
-from fxsparse.exporters.file_wire import hollow, write_model
 from fxsparse.exporters.inputs import Inputs
 from fxsparse.exporters.legacy import trace_program
 from fxsparse.exporters.prepare import Subject
@@ -259,6 +258,8 @@ class Search:
         if self.settings.external or (self.settings.external is None and external.bytes_of(program.model) > LIMIT):
             data = external.move_out(program.model, self.file.parent, self.file.name)
         model = program.model
+        from fxsparse.exporters.file_wire import hollow, write_model  # it stands on onnx
+
         proto = hollow(model) if data is None else program.model_proto
         outside = data.stat().st_size if data is not None else 0
         tidy(proto, inputs)

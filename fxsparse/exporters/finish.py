@@ -15,8 +15,6 @@ from fxsparse.errors import ExportError, FxSparseError
 from fxsparse.exporters import placement
 from fxsparse.exporters.candidates import Candidate, Kitchen, weights_in
 from fxsparse.exporters.encodings import is_two_four, store_sparse
-from fxsparse.exporters.file_io import read_file
-from fxsparse.exporters.file_wire import hollow, write_model
 from fxsparse.exporters.forms import LayerForm, forms_of
 from fxsparse.exporters.inputs import Inputs, first_line
 from fxsparse.exporters.latency import Latency, measure
@@ -138,6 +136,9 @@ def _complete(
 
     variant, exported = kept.variant, kept.exported
     if kept.quantized is None and exported.data is None and not job.sparse:
+        from fxsparse.exporters.file_io import read_file  # both stand on onnx
+        from fxsparse.exporters.file_wire import hollow, write_model
+
         model = read_file(kept.file).model
         proto = hollow(model)
         job.write(proto, layers, exported.inputs, forms, variant.label)
