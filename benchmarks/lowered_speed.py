@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
+from peers import bound
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -180,17 +181,6 @@ def session(file: bytes) -> onnxruntime.InferenceSession:
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-
-
-def bound(opened: onnxruntime.InferenceSession, x: np.ndarray) -> Run:
-    """A run with its input and output in memory that stays."""
-    name, output = opened.get_inputs()[0].name, opened.get_outputs()[0].name
-    made = np.empty_like(opened.run(None, {name: x})[0])
-    binding = opened.io_binding()
-    binding.bind_cpu_input(name, x)
-    binding.bind_output(output, "cpu", 0, made.dtype, made.shape, made.ctypes.data)
-    kept = (x, made)
-    return lambda: (opened.run_with_iobinding(binding), kept)
 
 
 def quantised(file: bytes, example: Tensor) -> bytes:

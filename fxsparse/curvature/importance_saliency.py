@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -48,11 +49,11 @@ class CurvatureSaliency(Saliency):
             gradient = self._needed(weight, "gradient", gradient, "a backward pass")
         return self.by_curvature(weight.detach().double(), weight, gradient)
 
+    @abc.abstractmethod
     def by_curvature(
         self, values: Float[Tensor, "*shape"], weight: Tensor, gradient: Tensor | None
     ) -> Float[Tensor, "*shape"]:
         """The score, from the weight's values in float64, the weight itself, and the gradient."""
-        raise NotImplementedError
 
     def formula(self, given: Given) -> Tensor:
         """Not used: the curvature belongs to a parameter, not to its values.

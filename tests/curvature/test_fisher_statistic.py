@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from fisher_collected import check, collected
 from torch import Tensor, nn
 
 import fxsparse
@@ -36,19 +37,6 @@ def data(n: int = 5) -> tuple[Tensor, Tensor]:
     return torch.randn(n, 3, 4, 4, generator=generator, dtype=torch.float64), torch.arange(n) % 3
 
 
-def reference(model: nn.Module, *batches: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    collector = FisherCollector(model)
-    for batch in batches:
-        collector.update(batch)
-    return {key.split("|")[1]: value for key, value in collector.get().items()}
-
-
-def check(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found and set(found) <= set(expected)
-    for name, value in found.items():
-        assert torch.allclose(value, expected[name], rtol=1e-10, atol=1e-18), name
-
-
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_statistics_beside_ordinary_gradients(sparse: bool, reduction: str) -> None:
@@ -65,7 +53,7 @@ def test_statistics_beside_ordinary_gradients(sparse: bool, reduction: str) -> N
     own = {name: p.grad for name, p in made.module.named_parameters() if "fisher" not in name}
     for name, parameter in plain.named_parameters():
         assert torch.allclose(own[name], parameter.grad, rtol=1e-12, atol=1e-14), name
-    check(made.fisher(5, loss_scale=scale, mean=reduction == "mean"), reference(plain, (x, y)))
+    check(made.fisher(5, loss_scale=scale, mean=reduction == "mean"), collected(plain, (x, y)))
     assert set(made.fisher(5)) == {f"{k}.{name}" for k in (0, 3, 6) for name in ("weight", "bias")}
     made.clear()
     assert not any(value.any() for value in made.fisher(5).values())
@@ -76,14 +64,14 @@ def test_accumulated_passes_are_those_of_all_batches() -> None:
     made = instrument_fisher(model, (x,))
     for batch, labels in ((x, y), (u.flip(0) * 2, v)):
         F.cross_entropy(made.module(batch), labels).backward()
-    check(made.fisher(5, passes=2), reference(model, (x, y), (u.flip(0) * 2, v)))
+    check(made.fisher(5, passes=2), collected(model, (x, y), (u.flip(0) * 2, v)))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_compiled_whole() -> None:
     model, (x, y) = network(), data()
     made = instrument_fisher(model, (x,))
-    expected = reference(model, (x, y))
+    expected = collected(model, (x, y))
     compiled = torch.compile(made.module, fullgraph=True, backend="aot_eager")
     F.cross_entropy(compiled(x), y).backward()
     check(made.fisher(5), expected)
@@ -178,7 +166,7 @@ def test_only_some_parameters() -> None:
     made = instrument_fisher(model, (x,), parameters=["3.weight"])
     F.cross_entropy(made.module(x), y).backward()
     assert set(made.fisher(5)) == {"3.weight"}
-    check(made.fisher(5), reference(model, (x, y)))
+    check(made.fisher(5), collected(model, (x, y)))
     with pytest.raises(ConfigError, match="is no parameter"):
         instrument_fisher(model, (x,), parameters=["9.weight"])
 
@@ -195,7 +183,7 @@ def test_frozen_weights_and_hooks_keep_what_they_are() -> None:
     F.cross_entropy(made.module(x), y).backward()
     assert seen == [1] and model[3].weight.grad is None
     full = network()
-    check(made.fisher(5), reference(full, (x, y)))
+    check(made.fisher(5), collected(full, (x, y)))
 
 
 def test_low_precision_is_summed_in_float32() -> None:
@@ -206,7 +194,7 @@ def test_low_precision_is_summed_in_float32() -> None:
         loss = F.cross_entropy(made.module(x), y)
     loss.backward()
     assert all(p.dtype is torch.float32 for p in made.statistics.values())
-    exact = reference(copy.deepcopy(model), (x, y))
+    exact = collected(copy.deepcopy(model), (x, y))
     for name, value in made.fisher(5).items():
         assert torch.allclose(value, exact[name].float(), rtol=0.1), name
 

@@ -6,25 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fisher_cases import CASES, Case, Fn
+from fisher_collected import check, collected
 from torch import Tensor, nn
 
-from fxsparse.curvature import FisherCollector
 from fxsparse.curvature.taps_statistic import instrument_fisher
 from fxsparse.errors import ConfigError
 from fxsparse.graph import capture
-
-
-def reference(model: nn.Module, *batches: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    collector = FisherCollector(model)
-    for batch in batches:
-        collector.update(batch)
-    return {key.split("|")[1]: value for key, value in collector.get().items()}
-
-
-def check(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found and set(found) <= set(expected)
-    for name, value in found.items():
-        assert torch.allclose(value, expected[name], rtol=1e-10, atol=1e-18), name
 
 
 class Plain(Fn):
@@ -57,7 +44,7 @@ def test_statistics_and_gradients_of_every_case(case: Case) -> None:
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             assert torch.allclose(gradients[name], parameter.grad, rtol=1e-10, atol=1e-13), name
-    check(made.fisher(5), reference(model, (inputs, y)))
+    check(made.fisher(5), collected(model, (inputs, y)))
     assert set(made.refused) | set(made.groupings) == set(dict(model.named_parameters()))
     assert made.removed().code == capture(model, inputs).module.code
 
