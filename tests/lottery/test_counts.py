@@ -6,7 +6,7 @@ from decimal import Decimal
 from fractions import Fraction
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fxsparse.errors import ConfigError
@@ -139,9 +139,14 @@ def test_layerwise_counts(sizes: list[int], rate: str, target: str, tenths: list
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(2, 300), min_size=1, max_size=4), st.integers(1, 4))
+@example([2, 2, 2], 1)
 def test_layerwise_stretch_hits_the_target(sizes: list[int], rounds: int) -> None:
     named = {f"w{i}": size for i, size in enumerate(sizes)}
     rule = CountRule("0.1", "0.7", num_rounds=rounds, final_round=FinalRound.STRETCH)
+    if target_alive(sum(sizes), "0.7") < len(sizes):  # not one weight for each layer
+        with pytest.raises(ConfigError, match="fewer than the"):
+            rule.counts(named, layerwise=True)
+        return
     counts = rule.counts(named, layerwise=True)
     assert counts.rounds <= rounds and counts.totals[-1] == target_alive(sum(sizes), "0.7")
     assert all(1 <= b <= a for a, b in zip(counts.alive[-2], counts.alive[-1], strict=True))
