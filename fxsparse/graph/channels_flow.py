@@ -82,7 +82,11 @@ class Flow:
     def unite(self, node: fx.Node, a: Labels | None, b: Labels | None) -> Labels | None:
         """Two dimensions of equal size whose indices go together; a fixed one fixes the other."""
         if a is None or b is None:
-            self.freeze(node, b if a is None else a, "meets a dimension of fixed size")
+            meeting = b if a is None else a
+            if self.idle:  # nobody reads it, but it runs
+                self.fix(meeting)
+            else:
+                self.freeze(node, meeting, "meets a dimension of fixed size")
             return None
         if a.size != b.size:
             raise ValueError(f"{a.size} channels meet {b.size}")

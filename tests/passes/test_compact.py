@@ -423,3 +423,22 @@ def test_a_whole_group_of_a_group_norm_goes() -> None:
     small = compact(masked(model, x), (x,))
     assert small.conv.weight.shape[0] == 4 and (small.norm.num_groups, small.norm.num_channels) == (2, 4)
     assert_equal(model, small, x)
+
+
+class Unread(nn.Module):
+    """Calls a layer whose result nobody reads: it runs all the same, so its inputs must stay as wide as what it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unread, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.unread(x)
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+def test_a_layer_that_nobody_reads_still_fits_what_it_reads() -> None:
+    inputs = (torch.randn(3, 4),)
+    small = fxsparse.compact(fxsparse.transform(Unread(), inputs), inputs)
+    assert small.get_parameter("unread.weight").shape == (1, 4)
+    assert not fxsparse.compaction_report(small).refused
