@@ -164,7 +164,12 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(tmp_path: Path, how: signal.
     shutil.copytree(Path(fxsparse.__file__).parent, tmp_path / "source/fxsparse")  # nobody edits this one meanwhile
     command = [sys.executable, "-m", "fxsparse.cli", "zoo", str(place), "--stages", "batch", "--out", str(out)]
     where: Any = {"env": {**os.environ, "PYTHONPATH": str(tmp_path / "source")}, "cwd": tmp_path}
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **where)
+    heard = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's shell has it ignored
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **where)
+    finally:
+        signal.signal(signal.SIGINT, heard)
     end = time.monotonic() + 60
     while not (pid_file.exists() and pid_file.read_text()) and time.monotonic() < end:
         time.sleep(0.05)
