@@ -97,6 +97,7 @@ if TYPE_CHECKING:
     from fxsparse.training import SNFS as SNFS
     from fxsparse.training import SNIP as SNIP
     from fxsparse.training import Densify as Densify
+    from fxsparse.training import Diversity as Diversity
     from fxsparse.training import GraSP as GraSP
     from fxsparse.training import Handle as Handle
     from fxsparse.training import Initial as Initial
@@ -146,7 +147,7 @@ _NAMES = {
     "training": (
         *("Static", "GMP", "ACDC", "SET", "RigL", "ITOP", "SNFS", "SRigL", "MEST", "RESU", "Densify", "RESUTrainer"),
         *("OneShot", "SNIP", "GraSP", "SynFlow", "prune"),
-        *("Handle", "Initial", "NonFinite", "Regroup", "attach"),
+        *("Handle", "Initial", "NonFinite", "Regroup", "Diversity", "attach"),
         *("restore_dense", "store_alive"),
     ),
 }

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from fxsparse.errors import ConfigError
 from fxsparse.sparsity import ERK, Distribution, Global, Saliency, Taylor, Uniform, Wanda
 from fxsparse.sparsity import Magnitude as MagnitudeSaliency
-from fxsparse.training import METHODS, PRUNINGS, Method, Regroup
+from fxsparse.training import METHODS, PRUNINGS, Diversity, Method, Regroup
 from fxsparse.training.dsnot import DSNoT
 from fxsparse.training.resu_phases import Lengths
 from fxsparse.training.resu_subset import AboveQuantile, AllDead, CyclicDead, RandomDead, TopGradient
@@ -36,7 +36,7 @@ _WORDS: dict[str, Mapping[str, Any]] = {
         "top_gradient": TopGradient,
     },
 }
-_MAPPINGS: dict[str, type[Any]] = {"lengths": Lengths, "refine": DSNoT, "regroup": Regroup}
+_MAPPINGS: dict[str, type[Any]] = {"lengths": Lengths, "refine": DSNoT, "regroup": Regroup, "diversity": Diversity}
 
 
 class Section(BaseModel):

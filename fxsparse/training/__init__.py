@@ -10,6 +10,7 @@ from fxsparse.training.alive_only import store_alive as store_alive
 from fxsparse.training.attach import attach as attach
 from fxsparse.training.attach import make_loadable as make_loadable
 from fxsparse.training.densify import Densify as Densify
+from fxsparse.training.diversity import Diversity as Diversity
 from fxsparse.training.dsnot import DSNoT as DSNoT
 from fxsparse.training.exchange import exchange as exchange
 from fxsparse.training.gmp import GMP as GMP

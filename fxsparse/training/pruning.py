@@ -46,6 +46,14 @@ class Pruning(Method):
     distribution: Distribution = field(default_factory=Global)
     train: bool = field(default=False, kw_only=True)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.diversity is not None:
+            raise ConfigError(
+                f"`diversity` (={self.diversity}) must be None in {type(self).__name__}, which updates no masks; "
+                "give it to a method that does, such as RigL"
+            )
+
     @property
     def pooling(self) -> Pooling:
         """How element scores become the score of a shared position."""

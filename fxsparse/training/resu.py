@@ -137,6 +137,8 @@ class RESU(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.diversity is not None:
+            raise ConfigError(f"`diversity` (={self.diversity}) must be None in RESU: its tournament ranks by `score`")
         check_sparsity(self.initial_sparsity, "initial_sparsity")
         for name in ("cycles", "calibration"):
             check_count(getattr(self, name), name, 1)

@@ -104,11 +104,11 @@ class Scheduled(Method):
         if getattr(state.pattern, "exact", True) is False:
             mask = state.pattern.mask(self.alive_scores(state), target, state.layout)
             return mask if self.grows else mask & state.mask
-        scores, alive = self.drop_scores(state), state.alive
+        scores, alive = self.ranked_to_drop(state), state.alive
         counts = state.units.counts(target).to(alive.device)
         if not self.grows:
             counts = torch.minimum(counts, alive.sum(1))
-        grow = self.grow_scores(state) if self.grows else scores
+        grow = self.ranked_to_grow(state) if self.grows else scores
         return state.units.spread(exchange(state.units, alive, scores, grow, target=counts))
 
     def alive_scores(self, state: WeightState) -> Tensor:

@@ -17,6 +17,7 @@ from fxsparse.sparsity.counts import check_sparsity
 from fxsparse.sparsity.distribution import ERK, Distribution, Target
 from fxsparse.sparsity.pattern import Pattern
 from fxsparse.sparsity.saliency import Magnitude, Random, Saliency
+from fxsparse.training.diversity import Diversity
 from fxsparse.training.exchange import exchange
 from fxsparse.training.grown import GrownValue, Zero
 from fxsparse.training.regroup import Regroup
@@ -62,6 +63,7 @@ class Method:
         non_finite: What becomes of a step whose gradient is NaN or infinite where the method reads it. Weights that are
             not finite at a mask update always raise a DataError.
         regroup: How the rows of `SharedSupport` weights are put into groups anew at mask updates; None = never.
+        diversity: What keeps the groups of `SharedSupport` weights from reading the same inputs; None = nothing.
 
     Raises:
         ConfigError: the sparsity is outside [0, 1), or an option of the wrong kind.
@@ -74,6 +76,7 @@ class Method:
     initial: Saliency | Initial = Initial.AUTO
     non_finite: NonFinite = field(default=NonFinite.SKIP, kw_only=True)
     regroup: Regroup | None = field(default=None, kw_only=True)
+    diversity: Diversity | None = field(default=None, kw_only=True)
 
     any_start: ClassVar[bool] = False
     """Whether a sparse model of any sparsity may be the start."""
@@ -92,6 +95,8 @@ class Method:
             raise ConfigError(f"`non_finite` (={self.non_finite!r}) must be NonFinite.SKIP or NonFinite.RAISE")
         if not isinstance(self.regroup, Regroup | None):
             raise ConfigError(f"`regroup` (={self.regroup!r}) must be a Regroup(), or None")
+        if not isinstance(self.diversity, Diversity | None):
+            raise ConfigError(f"`diversity` (={self.diversity!r}) must be a Diversity(), or None")
 
     @property
     def drop(self) -> Saliency:
@@ -192,6 +197,16 @@ class Method:
         """Scores by which units grow, the highest first."""
         return state.draws("grow") if self.grow is None else state.scores(self.grow)
 
+    def ranked_to_drop(self, state: WeightState) -> Shaped[Tensor, "segments width"]:
+        """`drop_scores`, as `diversity` changes them."""
+        scores = self.drop_scores(state)
+        return scores if self.diversity is None else self.diversity.drop(state.units, state.alive, scores)
+
+    def ranked_to_grow(self, state: WeightState) -> Shaped[Tensor, "segments width"]:
+        """`grow_scores`, as `diversity` changes them."""
+        scores = self.grow_scores(state)
+        return scores if self.diversity is None else self.diversity.grow(state.units, scores)
+
     def update(self, states: Sequence[WeightState]) -> dict[str, Bool[Tensor, "*shape"]]:
         """The new mask of every weight; `states` are in the model's order, rows regrouped.
 
@@ -230,8 +245,8 @@ class Method:
         chosen = exchange(
             state.units,
             state.alive,
-            self.drop_scores(state),
-            self.grow_scores(state),
+            self.ranked_to_drop(state),
+            self.ranked_to_grow(state),
             fraction,
             dropped=dropped,
             target=None if target is None else state.units.counts(target),

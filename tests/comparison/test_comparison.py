@@ -21,7 +21,7 @@ from fxsparse.data import digits
 from fxsparse.errors import ConfigError, DataError
 from fxsparse.nn import ThetaInit
 from fxsparse.sparsity import ERK, Block, NByM, SharedSupport, Taylor, Uniform, Unstructured, Wanda
-from fxsparse.training import ITOP, METHODS, PRUNINGS, RESU, Growth, OneShot, Regroup, RigL
+from fxsparse.training import ITOP, METHODS, PRUNINGS, RESU, Diversity, Growth, OneShot, Regroup, RigL
 from fxsparse.training.dsnot import DSNoT
 from fxsparse.training.resu_phases import Lengths
 from fxsparse.training.resu_subset import RandomDead
@@ -244,14 +244,15 @@ def test_every_method_can_be_an_arm():
             "methods": {
                 "a": {"method": "ITOP", "options": {"growth": "gradient", "distribution": "uniform", "alpha": 0.2}},
                 "b": {"method": "OneShot", "options": {"saliency": "wanda"}},
-                "c": {"method": "GMP", "options": {"regroup": {"every": 2}}},
+                "c": {"method": "GMP", "options": {"regroup": {"every": 2}, "diversity": {"sole": 2.0}}},
                 "d": {"method": "RigL"},
             }
         }
     ).methods
     assert build(arm["a"], 0.5, 3) == ITOP(0.5, growth=Growth.GRADIENT, distribution=Uniform(), alpha=0.2, seed=3)
     assert build(arm["b"], 0.5, 0) == OneShot(0.5, saliency=Wanda())
-    assert build(arm["c"], 0.5, 0).regroup == Regroup(every=2)
+    grouped = build(arm["c"], 0.5, 0)
+    assert grouped.regroup == Regroup(every=2) and grouped.diversity == Diversity(sole=2.0)
     assert build(arm["d"], 0.5, 0) == RigL(0.5, distribution=ERK())
 
 

@@ -426,7 +426,7 @@ def test_a_whole_group_of_a_group_norm_goes() -> None:
 
 
 class Unread(nn.Module):
-    """Calls a layer whose result nobody reads: it runs all the same, so its inputs must stay as wide as what it reads."""
+    """Calls a layer whose result nobody reads: it runs all the same, so it must stay as wide as its input."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -38,6 +38,7 @@ from fxsparse.training import (
     METHODS,
     SET,
     SNFS,
+    Diversity,
     Growth,
     Regroup,
     RigL,
@@ -65,6 +66,7 @@ MAKERS = {
     "srigl": lambda s, **k: SRigL(s, **COMMON, **k),
     "mest": lambda s, **k: MEST(s, every=2, p=(0.1, 0.05, 0.0), gradient=0.1, **k),
     "mest soft": lambda s, **k: MEST(s, every=2, p=(0.1, 0.05, 0.0), soft=True, **k),
+    "rigl diverse": lambda s, **k: RigL(s, **COMMON, diversity=Diversity(), **k),
     "rigl regrouped": lambda s, **k: RigL(s, **COMMON, regroup=Regroup(growth=1.0), **k),
 }
 PATTERNS = {
