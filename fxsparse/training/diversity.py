@@ -13,6 +13,8 @@ from fxsparse.errors import ConfigError
 from fxsparse.sparsity.shared_support import SupportUnits
 from fxsparse.sparsity.units import Units
 
+_FLOOR = 1e-6  # of the mean over all positions: scores below it are rounding errors, and say nothing about groups
+
 
 @dataclass(frozen=True)
 class Diversity:
@@ -64,8 +66,9 @@ class Diversity:
             return scores
         wide = scores.double()
         mean = wide.abs().reshape(cohorts, -1, scores.shape[1]).mean(1, keepdim=True)
+        mean = mean.clamp(min=_FLOOR * float(mean.mean()) + torch.finfo(torch.float64).tiny)
         mean = mean.expand(-1, len(scores) // cohorts, -1).reshape(scores.shape)
-        return torch.where(mean > 0, wide / mean.clamp(min=torch.finfo(torch.float64).tiny) ** self.relative, wide)
+        return (wide / mean**self.relative).float()  # rounded: positions that one group alone wants are all alike
 
 
 def _cohorts(units: Units) -> int | None:

@@ -13,7 +13,7 @@ from fxsparse.errors import ConfigError, FxSparseError
 from fxsparse.nn.shared import FastMode
 from fxsparse.nn.shared_accelerate import accelerate, decelerate, fast_report
 from fxsparse.sparsity import SharedSupport
-from fxsparse.training import Initial, Regroup, alive_only
+from fxsparse.training import Diversity, Initial, Regroup, alive_only
 from fxsparse.training.alive_only import ELEMENTWISE, restore_dense, store_alive
 from tests.strategies import OPTIMIZERS
 
@@ -81,6 +81,7 @@ METHODS = (
     fxsparse.RigL(sparsity=0.7, every=7, regroup=Regroup()),
     fxsparse.MEST(sparsity=0.7),
     fxsparse.SNFS(sparsity=0.7, every=7, redistribute=False),
+    fxsparse.RigL(sparsity=0.7, every=7, diversity=Diversity()),
 )
 
 
@@ -94,7 +95,7 @@ def test_both_storages_equal_the_plain_training(make, method) -> None:
     assert sum(stored) < 0.45 * sum(p.numel() for p in alive.model.parameters() if p.ndim > 1)
 
 
-@pytest.mark.parametrize("method", METHODS[3:], ids=lambda m: f"{type(m).__name__}-{m.regroup}")
+@pytest.mark.parametrize("method", METHODS[3:], ids=lambda m: f"{type(m).__name__}-{m.regroup or m.diversity}")
 def test_methods_that_move_groups_and_budgets(method) -> None:
     agree(Run(MOMENTUM, method, "plain").go(), Run(MOMENTUM, method, "alive").go().dense())
 
