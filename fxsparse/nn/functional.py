@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fxsparse.nn.select import selected
+
 _collecting: tuple[weakref.ref[DenseGradients], ...] = ()  # weak: who drops a collector need not stop it
 
 
@@ -40,7 +42,7 @@ def masked_weight(weight: Shaped[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]
         return _in_compiled_code(weight, mask, None if sink is mask else sink)
     if not torch.is_grad_enabled() and weight.requires_grad and not _leaves_flags():
         return _marked(weight, mask)
-    result = torch.where(mask, weight, 0.0)
+    result = selected(weight, mask)
     if _collecting and not torch.compiler.is_compiling():
         _watch(result, mask if sink is None else sink)
     return result
@@ -50,8 +52,8 @@ def _marked(weight: Tensor, mask: Tensor) -> Tensor:
     """The masked weight without gradients, of the kind that torch takes for a parameter."""
     if torch.is_inference_mode_enabled() and not weight.is_inference():
         with torch.inference_mode(False), torch.no_grad():
-            return torch.where(mask, weight, 0.0).requires_grad_(True)
-    return torch.where(mask, weight, 0.0).requires_grad_(True)
+            return selected(weight, mask).requires_grad_(True)
+    return selected(weight, mask).requires_grad_(True)
 
 
 def _leaves_flags() -> bool:

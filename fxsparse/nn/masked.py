@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from fxsparse.errors import ConfigError
 from fxsparse.nn.resu_state import ALIVE, load_companions, read_phase
-from fxsparse.nn.sharded import fill_zeros_
+from fxsparse.nn.select import keep_
 from fxsparse.nn.shared import close_path
 from fxsparse.nn.shared_packed import load_packed_, packed_path
 from fxsparse.nn.slot import SHARED, SLOTS, MaskSlot, slots_of
@@ -251,10 +251,10 @@ def zero_dead_(module: nn.Module, attribute: str) -> None:
         return
     gate = mask_of(module, attribute)
     parameter = _checked_parameter(module, attribute)
-    if not gate.is_meta and bool(gate.all()):
+    if gate.device.type == "cpu" and bool(gate.all()):  # elsewhere the question would wait for the device
         return
     if parameter.device == gate.device:  # they differ while a model is half materialised
-        fill_zeros_(parameter, ~gate)
+        keep_(parameter, gate)
 
 
 def _checked_parameter(module: nn.Module, attribute: str) -> nn.Parameter:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fxsparse.nn.functional import collecting
+from fxsparse.nn.select import keep_
+from fxsparse.nn.sharded import fill_zeros_, is_sharded
 from fxsparse.nn.spec import Guard, MaskSpec
 
 SLOTS = "_fxsparse_masks"
@@ -37,6 +39,9 @@ class MaskSlot:
             self.release()
             return
         if self.parameter is not None and self.parameter is not parameter:
+            if is_sharded(self.parameter) and not is_sharded(parameter):
+                self.mask = mask  # a forward pass made it whole for a while
+                return
             self.release()
         self.parameter, self.mask = parameter, mask
         GradientHook.of(parameter).join(self)
@@ -109,6 +114,9 @@ class GradientHook:
         mask = slots[0].mask
         if mask.device != gradient.device:  # the module was moved, which replaces its buffers
             mask = slots[0].mask = mask.to(gradient.device)
+        if is_sharded(gradient):  # it arrives reduced; what ranks collect is their own
+            fill_zeros_(gradient, ~mask)
+            return
         for collector in collecting():
             if collector.wants(mask):
                 collector.add_total(mask, gradient.to_dense() if gradient.is_sparse else gradient)
@@ -118,7 +126,7 @@ class GradientHook:
             with torch.enable_grad():
                 parameter.grad = torch.where(mask, gradient, 0.0)
         else:
-            gradient.masked_fill_(~mask, 0.0)  # in place: the gradient may be a view of a communication bucket
+            keep_(gradient, mask)  # in place: the gradient may be a view of a communication bucket
 
 
 def _register(parameter: nn.Parameter, hook: Callable[[Tensor], None]) -> RemovableHandle:

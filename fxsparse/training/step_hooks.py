@@ -14,7 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 from fxsparse.errors import ConfigError, DataError
 from fxsparse.nn import MaskedWeight
-from fxsparse.nn.sharded import fill_zeros_, part
+from fxsparse.nn.select import keep_
+from fxsparse.nn.sharded import part
 from fxsparse.training.distributed import average, process_group, unwrap
 from fxsparse.training.gradients import GradientWindow
 from fxsparse.training.held import Held
@@ -114,7 +115,7 @@ class StepHooks(abc.ABC):
         for weight in self._weights.values():
             gradient = weight.weight.grad
             if gradient is not None and not gradient.is_sparse and not weight.has_masked_gradient:
-                fill_zeros_(gradient, ~weight.mask)
+                keep_(gradient, weight.mask)
         if self._watched:
             self._gradients = average(self._window.read(), self._values(), process_group(self.model))
             self._check_collected()
