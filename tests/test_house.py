@@ -33,7 +33,7 @@ FLOORS: dict[str, set[str]] = {
 TOP = {"cli", "demo", "zoo", "__init__", "__main__"}  # may import everything
 HEAVY = (
     *("onnx", "onnxruntime", "onnxscript", "plotly", "sklearn", "typer", "rich", "pydantic", "yaml", "hypothesis"),
-    *("lightning", "transformers"),
+    *("lightning", "transformers", "triton"),
 )
 
 FILES = sorted(PACKAGE.rglob("*.py"))

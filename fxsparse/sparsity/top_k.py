@@ -21,8 +21,7 @@ def order_scores(scores: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
     if not scores.is_floating_point():
         return scores.to(torch.int64) if scores.dtype == torch.bool else scores
     ordered = scores.to(torch.promote_types(scores.dtype, torch.float32)) + 0.0
-    nan = int(ordered.isnan().sum())
-    if nan:
+    if bool(ordered.sum().isnan()) and (nan := int(ordered.isnan().sum())):  # a sum is NaN for inf - inf, too
         raise DataError(f"{nan} of {ordered.numel()} scores are NaN; mend the weights or gradients that they come from")
     return ordered
 
@@ -63,9 +62,8 @@ def segment_top_k(
         return torch.zeros_like(ordered, dtype=torch.bool)
     low, high = (int(bound) for bound in per_row.aminmax())
     if candidates is not None and scores.shape[0] == 1:
-        picked = torch.zeros_like(candidates)
-        picked[candidates] = _common(ordered[candidates][None], low)[0]
-        return picked
+        chosen = _common(ordered.masked_select(candidates)[None], low)[0]
+        return torch.zeros_like(candidates).masked_scatter_(candidates, chosen)
     return _common(ordered, low) if candidates is None and low == high else _ranked(ordered, per_row, candidates)
 
 

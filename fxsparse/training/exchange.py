@@ -71,7 +71,10 @@ def _losses(
         total = int(had.sum())
         k = fraction_count(fraction, total) if dropped is None else dropped
         k = k if regrow else min(k, int(room.sum()))
-        lost = had - best_over_weight(units, alive, drop, total - k).sum(1)
+        if units.segments == 1:
+            lost = torch.full_like(had, min(k, total))
+        else:
+            lost = had - best_over_weight(units, alive, drop, total - k).sum(1)
     return lost if regrow else torch.minimum(lost, room)
 
 

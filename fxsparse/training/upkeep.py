@@ -72,6 +72,7 @@ class Upkeep:
         for weight in weights:
             parameter = weight.weight
             if weight.packed:  # every entry is alive
+                self._marks.pop(parameter, None)  # of the dense storage before
                 continue
             if parameter not in self._clean:
                 weight.apply_()
