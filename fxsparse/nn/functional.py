@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxsparse.nn.select import selected
 
+_full: ContextVar[bool] = ContextVar("full", default=False)
 _collecting: tuple[weakref.ref[DenseGradients], ...] = ()  # weak: who drops a collector need not stop it
 
 
@@ -41,11 +44,21 @@ def masked_weight(weight: Shaped[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]
     if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
         return _in_compiled_code(weight, mask, None if sink is mask else sink)
     if not torch.is_grad_enabled() and weight.requires_grad and not _leaves_flags():
-        return _marked(weight, mask)
+        return weight if _full.get() else _marked(weight, mask)
     result = selected(weight, mask)
     if _collecting and not torch.compiler.is_compiling():
         _watch(result, mask if sink is None else sink)
     return result
+
+
+@contextlib.contextmanager
+def full_masks() -> Iterator[None]:
+    """Inside, without gradients, `masked_weight` returns the weight itself: for callers whose masks are all True."""
+    before = _full.set(True)
+    try:
+        yield
+    finally:
+        _full.reset(before)
 
 
 def _marked(weight: Tensor, mask: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from fxsparse.nn.sharded import part, part_like
 
 _BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}  # wider gains nothing
 _PLAIN = (Tensor, nn.Parameter)
+_BLOCK = 1 << 18  # entries that a temporary of the product may have
 _SMALL = 512  # entries below which a call costs more than it saves
 
 
@@ -34,7 +35,7 @@ def keep_(tensor: Tensor, mask: Bool[Tensor, "*shape"]) -> None:
     """Write zeros where the mask, whole on every rank, is False."""
     values, mask = part(tensor), part_like(mask, tensor)
     if not _traced() and _fast(values, mask):
-        values.view(_BITS[values.dtype]).mul_(mask)
+        _multiply(values, mask, values)
     else:
         values.masked_fill_(~mask, 0)
 
@@ -57,7 +58,34 @@ class _Selected(torch.autograd.Function):
 
 
 def _product(values: Tensor, mask: Tensor) -> Tensor:
-    return (values.detach().view(_BITS[values.dtype]) * mask).view(values.dtype)
+    kind = _BITS[values.dtype]
+    if values.numel() <= _BLOCK:
+        return (values.detach().view(kind) * mask).view(values.dtype)
+    result = torch.empty_like(values, requires_grad=False)
+    _multiply(values.detach(), mask, result)
+    return result
+
+
+def _multiply(values: Tensor, mask: Tensor, result: Tensor) -> None:
+    """In blocks where all three lie alike in memory: torch makes integers of the mask first, of all of it at once."""
+    read, written = values.view(_BITS[values.dtype]), result.view(_BITS[values.dtype])
+    alike = values.stride() == mask.stride() == result.stride()
+    lines = [_line(each) for each in (read, mask, written)] if alike and values.numel() > _BLOCK else [None]
+    if any(line is None for line in lines):
+        torch.mul(read, mask, out=written)
+        return
+    parts = (torch.split(line, _BLOCK) for line in lines if line is not None)
+    for source, kept, target in zip(*parts, strict=True):
+        torch.mul(source, kept, out=target)
+
+
+def _line(tensor: Tensor) -> Tensor | None:
+    """The entries in the order of memory, or None where there is no such view."""
+    if tensor.is_contiguous():
+        return tensor.view(-1)
+    order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+    turned = tensor.permute(order)
+    return turned.view(-1) if turned.is_contiguous() else None
 
 
 def _fast(values: Tensor, mask: Tensor) -> bool:

@@ -12,6 +12,7 @@ from fxsparse.errors import PassError
 from fxsparse.graph import split_inputs
 from fxsparse.graph.compare import Difference, Reference, observe
 from fxsparse.nn import Guard, mask_spec, masked_weights, remove_mask
+from fxsparse.nn.functional import full_masks
 from fxsparse.passes import Verify, verify_equal
 
 
@@ -39,7 +40,8 @@ class Equality:
             self._check_fully(result)
             return
         reference = self._reference()
-        difference = reference.difference(result, exact=True)
+        with full_masks():
+            difference = reference.difference(result, exact=True)
         if not reference.repeats:
             warnings.warn(_uncomparable(reference.notes[0]), stacklevel=5)
         elif difference is not None:

@@ -33,6 +33,22 @@ def drawn(seed: int, dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[Tensor
     return values.to(dtype), torch.rand(shape, generator=source) < 0.5
 
 
+@pytest.mark.parametrize("shape", [(2**18 + 3,), (600, 900), (300, 70, 5, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_tensors_go_in_blocks(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    plain = drawn(0, dtype, shape)
+    turned = [tuple(each.movedim(-1, 0).contiguous().movedim(0, -1) for each in plain)] if len(shape) > 1 else []
+    mixed = [(turned[0][0], plain[1])] if turned else []
+    for values, mask in (plain, *turned, *mixed, tuple(each[..., ::2] for each in plain)):
+        expected, before = torch.where(mask, values, 0.0), values.clone()
+        found = selected(values, mask)
+        assert torch.equal(bits(expected), bits(found)) and torch.equal(bits(values), bits(before))
+        assert found.stride() == torch.empty_like(values).stride()
+        keep_(values, mask)
+        assert torch.equal(bits(expected), bits(values))
+        values.copy_(before)
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 2**16), st.sampled_from((*FAST, torch.float64)), st.sampled_from(SHAPES), st.booleans())
 def test_all_bits_are_those_of_where(seed: int, dtype: torch.dtype, shape: tuple[int, ...], last: bool) -> None:
