@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from fxsparse.curvature.collector_engine import Collected, Engine, Recipe, check_recipe
 from fxsparse.curvature.collector_moments import Moments
 from fxsparse.curvature.collector_options import GroupInfo, check_one_of, chosen_parameters
-from fxsparse.curvature.collector_sharded import Gathered
 from fxsparse.curvature.collector_tasks import TaskState
 from fxsparse.curvature.fisher_batch import read_batch
 from fxsparse.curvature.fisher_scope import check_batch_norms, collecting_scope
@@ -27,6 +26,7 @@ from fxsparse.curvature.operator_data import one_output
 from fxsparse.curvature.storage import Storage
 from fxsparse.errors import ConfigError, DataError
 from fxsparse.training.distributed import unwrap
+from fxsparse.training.gathered import Gathered
 
 if TYPE_CHECKING:
     import torch.distributed as dist

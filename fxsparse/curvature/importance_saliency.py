@@ -14,9 +14,11 @@ from torch import Generator, Tensor
 
 from fxsparse.curvature.importance_source import CurvatureSource
 from fxsparse.errors import ConfigError
+from fxsparse.sparsity.counts import check_count
 from fxsparse.sparsity.saliency import Given, Saliency
 from fxsparse.sparsity.units import Pooling
-from fxsparse.training import RESU
+from fxsparse.training import GMP, RESU
+from fxsparse.training.resu_subset import TopSaliency
 from fxsparse.training.state import WeightState
 from fxsparse.training.updater import Method
 
@@ -77,19 +79,26 @@ class OBD(CurvatureSaliency):
 class WoodFisher(CurvatureSaliency):
     """w_q^2 / (2 [F^-1]_qq) by inverse blocks of the damped empirical Fisher (Singh & Alistarh, arXiv 2004.14340).
 
-    With one block this is OBS. The gradients are those of single samples, N of them, N times the weights in memory.
+    With one block this is OBS. The gradients are those of single samples, N of them, N times the weights in memory;
+    `fisher_batch` averages them first, as the authors' code does, which is another matrix: batch means squared vanish
+    at a minimum.
 
     Attributes:
         damping: Added to the diagonal.
         block: Weights per block, in flat order.
+        fisher_batch: Samples, in order, whose gradients are averaged before the outer product; the last may be fewer.
     """
 
     damping: float = 1e-5
     block: int = 64
+    fisher_batch: int = 1
+
+    def __post_init__(self) -> None:
+        check_count(self.fisher_batch, "fisher_batch", 1)
 
     def by_curvature(self, values: Tensor, weight: Tensor, gradient: Tensor | None) -> Tensor:
         """w^2 / (2 [F^-1])."""
-        return 0.5 * values.square() / self.source.inverse_diagonal(weight, self.damping, self.block)
+        return 0.5 * values.square() / self.source.inverse_diagonal(weight, self.damping, self.block, self.fisher_batch)
 
 
 @dataclass(frozen=True)
@@ -171,14 +180,19 @@ class GivenScores(Saliency):
         raise ConfigError(f"{self} scores parameters of a model: call `score` with the parameter")
 
 
+_GRANET = 0.5
+"""What share of the alive weights GraNet exchanges."""
+
 CURVATURE_SALIENCIES = (OBD, WoodFisher, NewtonGain, FisherDiagonal, GivenScores)
 
 
 def with_saliencies(method: Method, drop: Saliency | None = None, grow: Saliency | None = None) -> Method:
     """The same method, its drop or grow by other saliencies.
 
-    Methods that have `drop` as a field (GMP, ACDC, ...) get it there, RESU as `prune` and `score`; of others, such as
-    SET, RigL, MEST or SNFS, it is a method of a class of its own, with everything else as it was.
+    Methods that have fields for them (GMP, ACDC) get them there, RESU `drop` as `prune` and `score`, and `grow` as that
+    by which the dead weights of a phase are chosen (`TopSaliency`, of its subset's fraction, .2 where that has none).
+    Of others, such as SET, RigL, MEST or SNFS, it is a method of a class of its own, with everything else as it was.
+    GMP lets weights grow where its `alpha` is positive; there it becomes GraNet's .5 where it was 0.
 
     Args:
         method: Any method.
@@ -193,17 +207,28 @@ def with_saliencies(method: Method, drop: Saliency | None = None, grow: Saliency
             raise ConfigError(f"`{name}` (={each!r}) must be a Saliency, or None")
     if drop is None and grow is None:
         raise ConfigError("`drop` and `grow` (=None) leave nothing to change; give one of them")
+    if isinstance(method, RESU):
+        return _resu_by(method, drop, grow)
     fields = {each.name for each in dataclasses.fields(method)}
-    if isinstance(method, RESU) or "drop" in fields:
-        if grow is not None:
+    if "drop" in fields:
+        if grow is not None and "grow" not in fields:
             raise ConfigError(f"{type(method).__name__} has no grow by a score of dead weights; give `drop` only")
-        names = ("prune", "score") if isinstance(method, RESU) else ("drop",)
-        return dataclasses.replace(method, **dict.fromkeys(names, drop))
+        given: dict[str, Any] = {"drop": drop, "grow": grow}
+        if isinstance(method, GMP) and grow is not None and not method.alpha:
+            given["alpha"] = _GRANET
+        return dataclasses.replace(method, **{name: each for name, each in given.items() if each is not None})
     values = {each.name: getattr(method, each.name) for each in dataclasses.fields(method) if each.init}
     kind = type(method)
     if issubclass(kind, _Chosen):
         kind, drop, grow = kind.of, drop or values["drop_by"], grow or values["grow_by"]
     return _made(kind, {**values, "drop_by": drop, "grow_by": grow})
+
+
+def _resu_by(method: RESU, drop: Saliency | None, grow: Saliency | None) -> RESU:
+    changes: dict[str, Any] = {} if drop is None else {"prune": drop, "score": drop}
+    if grow is not None:
+        changes["subset"] = TopSaliency(grow, getattr(method.subset, "fraction", 0.2))
+    return dataclasses.replace(method, **changes)
 
 
 class _Chosen:

@@ -84,9 +84,19 @@ class CurvatureSource:
         opened = dense and name in masked_weights(self.model)
         return self._once(("diagonal", opened), lambda: self._diagonals(opened))[name]
 
-    def inverse_diagonal(self, weight: Tensor, damping: float, block: int) -> Float[Tensor, "*shape"]:
-        """The diagonal of the inverse of the weight's blocks of l I + (1/N) sum g g^T (WoodFisher), float64."""
-        found = self._once(("inverse", damping, block), lambda: self._inverses(damping, block))
+    def inverse_diagonal(
+        self, weight: Tensor, damping: float, block: int, fisher_batch: int = 1
+    ) -> Float[Tensor, "*shape"]:
+        """The diagonal of the inverse of the weight's blocks of l I + (1/N) sum g g^T (WoodFisher), float64.
+
+        Args:
+            weight: A parameter of the model, or a view of all of it.
+            damping: l.
+            block: Weights per block.
+            fisher_batch: Samples whose gradients are averaged into one g.
+        """
+        key = ("inverse", damping, block, fisher_batch)
+        found = self._once(key, lambda: self._inverses(damping, block, fisher_batch))
         return found[self.name_of(weight)]
 
     def operator(self, mask: Support | None = None, params: Any = None) -> CurvatureOperator:
@@ -116,7 +126,7 @@ class CurvatureSource:
         operator = self.operator(Support.DENSE if opened else None)
         return operator.space.split(operator.diag(self.method, self.samples))
 
-    def _inverses(self, damping: float, block: int) -> Mapping[str, Tensor]:
+    def _inverses(self, damping: float, block: int, fisher_batch: int) -> Mapping[str, Tensor]:
         operator = self.operator()
         rows: dict[str, list[Tensor]] = {name: [] for name in operator.space.names}
         for piece in operator.sample_gradients():
@@ -124,7 +134,13 @@ class CurvatureSource:
                 rows[name].append(gradient.flatten(1))
         found = {}
         for name, shape in operator.space.shapes.items():
-            inverse = woodfisher_inverse(torch.cat(rows.pop(name)), damping, block)
+            single = torch.cat(rows.pop(name))
+            g = (
+                single
+                if fisher_batch == 1
+                else torch.stack([each.mean(0) for each in torch.split(single, fisher_batch)])
+            )
+            inverse = woodfisher_inverse(g, damping, block)
             found[name] = inverse.diagonal(dim1=1, dim2=2).reshape(-1)[: shape.numel()].reshape(shape)
         return found
 

@@ -196,7 +196,7 @@ class CurvatureOperator:
         if samples < 1:
             raise ConfigError(f"`samples` (={samples}) must be at least 1")
         source = generator or keyed_generator(self.seed, 0, 0, f"diagonal_{method}")
-        if method == "hutchinson" or (self.kind is Curvature.HESSIAN and method == "exact"):
+        if method == "hutchinson" or (self._by_products and method == "exact"):
             return self._diagonal_of_products(samples if drawn else None, source)
         if drawn and self.kind not in (Curvature.GGN, Curvature.FISHER):
             raise ConfigError(
@@ -334,6 +334,11 @@ class CurvatureOperator:
         return f"CurvatureOperator({self.kind.value}, shape={self.shape}, support={self.space.active})"
 
     @property
+    def _by_products(self) -> bool:
+        """Whether B has no known square root, so that nothing is had but products."""
+        return self.kind is Curvature.HESSIAN or (self.kind is Curvature.GGN and not self.curvature.loss.curved)
+
+    @property
     def _like(self) -> Tensor:
         return torch.empty(0, dtype=self.space.dtype, device=self.space.device)
 
@@ -362,7 +367,10 @@ class CurvatureOperator:
             found = self.engine.second(batch, tangents, lambda z: self.curvature.total(z, batch) / divisor)
         else:
             found = self.engine.product(batch, tangents, bend)
-        return torch.cat([found[name].flatten(1).mT for name in self.space.names]), counts[0]
+        parts = [found[name] for name in self.space.names]
+        if all(len(part) == 1 for part in parts):  # of vectors, not of columns with steps between their entries
+            return torch.cat([part.reshape(-1) for part in parts])[:, None], counts[0]
+        return torch.cat([part.flatten(1).mT for part in parts]), counts[0]
 
     def _diagonal_of_products(self, samples: int | None, source: torch.Generator) -> Tensor:
         size = self.space.size
@@ -384,7 +392,7 @@ class CurvatureOperator:
     def _written(self, index: Tensor, names: Sequence[str]) -> Tensor:
         if len(index) > DENSE_LIMIT:
             raise ConfigError(f"the block has {len(index)} columns, more than {DENSE_LIMIT}; use products, mv and mm")
-        if self.kind is Curvature.HESSIAN:
+        if self._by_products:
             parts = [self.mm(self._units_of(part))[index] for part in torch.split(index, 64)]
             return torch.cat(parts, 1)
         keep = torch.ones_like(index, dtype=torch.bool) if self.space.support is None else self.space.support[index]

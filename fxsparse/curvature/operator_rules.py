@@ -2,7 +2,7 @@
 
 1. Layers that read data: without the product of the weight with the tangent of zeros that their input has, which costs
    as much as the layer itself.
-2. Attention without a mask: a plain softmax, without the search for rows that are masked as a whole.
+2. Attention without a mask: a plain softmax, without the search for rows that are masked as a whole, as one function.
 """
 
 from __future__ import annotations
@@ -105,7 +105,12 @@ class CheapRules(TorchFunctionMode):
                 ]
                 options = (*each, given.get("groups", 1))
                 return _Conv.apply(given["input"], given["weight"], given.get("bias"), options)  # type: ignore[no-untyped-call]  # untyped in torch
-        elif func is F.scaled_dot_product_attention and len(args) == 3 and set(kwargs) <= _ATTENTION:
+        elif (
+            func is F.scaled_dot_product_attention
+            and len(args) == 3
+            and set(kwargs) <= _ATTENTION
+            and args[0].shape[:-2] == args[1].shape[:-2] == args[2].shape[:-2]
+        ):
             return _attention(*args, **kwargs)
         return func(*args, **kwargs)
 
@@ -113,13 +118,54 @@ class CheapRules(TorchFunctionMode):
 _ATTENTION = {"is_causal", "scale"}
 
 
+class _Attention(torch.autograd.Function):
+    """The product P v with the softmax P of q k^T s, all of them functions of parameters; P comes along."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        scores = (q * scale) @ k.mT
+        if is_causal:
+            later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+            scores = scores.masked_fill(later, float("-inf"))
+        p = scores.softmax(-1)
+        return p @ v, p
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+        q, k, v, _, ctx.scale = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(q, k, v, output[1])
+        ctx.save_for_forward(q, k, v, output[1])
+
+    @staticmethod
+    def jvp(ctx: Any, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, *_: None) -> tuple[Tensor, None]:
+        q, k, v, p = ctx.saved_tensors
+        terms = [] if dv is None else [p @ dv]
+        ds = None if dq is None else dq @ k.mT
+        if dk is not None:
+            ds = q @ dk.mT if ds is None else ds.add_(q @ dk.mT)
+        if ds is not None:
+            terms.append(_through_softmax(ds.mul_(ctx.scale), p) @ v)
+        return (terms[0] if len(terms) == 1 else terms[0].add_(terms[1])), None
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor, _: Any) -> tuple[Any, ...]:
+        q, k, v, p = ctx.saved_tensors
+        ds = _through_softmax(delta @ v.mT, p).mul_(ctx.scale)
+        return ds @ k, ds.mT @ q, p.mT @ delta, None, None
+
+
+def _through_softmax(d: Tensor, p: Tensor) -> Tensor:
+    """The softmax's Jacobian, which is symmetric: p (d - sum p d)."""
+    found: Tensor = torch._softmax_backward_data(d, p, -1, p.dtype)
+    return found
+
+
 def _attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, scale: float | None = None) -> Tensor:
     """The product of v with the softmax of q k^T s."""
-    scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)
-    if is_causal:
-        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(later, float("-inf"))
-    found: Tensor = scores.softmax(-1) @ v
+    found: Tensor = _Attention.apply(q, k, v, is_causal, q.shape[-1] ** -0.5 if scale is None else scale)[0]  # type: ignore[no-untyped-call]  # untyped in torch
     return found
 
 

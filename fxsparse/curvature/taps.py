@@ -21,7 +21,7 @@ from fxsparse.curvature.taps_call import call_with
 from fxsparse.curvature.taps_formulas import ConvWeight, EmbeddingWeight, LinearWeight
 from fxsparse.curvature.taps_layout import Layout, candidates, consistent
 from fxsparse.curvature.taps_mode import Site, TapMode
-from fxsparse.curvature.taps_pass import Part, TapPass
+from fxsparse.curvature.taps_pass import Part, TapPass, read_once
 from fxsparse.curvature.taps_rules import RULES
 from fxsparse.errors import DataError
 from fxsparse.graph.inputs import tensors_of
@@ -73,7 +73,7 @@ class Taps:
         uncovered = set(made.mode.uncovered) - set(self.refused)
         if len(signatures) != len(self.signatures) or uncovered:
             raise Unstable
-        made.single = self._single(made.mode)
+        made.single = read_once(made.mode.sites)
         return made
 
     def _run(self, batch: FisherBatch, layouts: Mapping[int, Layout | None] | None) -> TapPass:
@@ -94,14 +94,6 @@ class Taps:
         made = TapPass(mode, z, batch.samples, layouts or {})
         held.append(weakref.ref(made))
         return made
-
-    def _single(self, mode: TapMode) -> frozenset[str]:
-        count: dict[str, int] = {}
-        for site in mode.sites:
-            for operand in site.operands:
-                for name in operand.source.names:
-                    count[name] = count.get(name, 0) + (1 if operand.source.direct else 2)
-        return frozenset(name for name, times in count.items() if times == 1)
 
     def examine(self, batch: FisherBatch) -> None:
         """Find the layouts on a few samples and compare the per-sample gradients with autograd's.
@@ -151,6 +143,13 @@ class Taps:
             try:
                 if z.requires_grad:
                     torch.autograd.backward(z[n], cotangent[n], retain_graph=True, inputs=list(leaves.values()))
+            except RuntimeError as error:
+                if "modified by an inplace operation" not in str(error):
+                    raise
+                raise DataError(
+                    "the model overwrites a tensor in place that its gradients need, so that it cannot be trained "
+                    f"either: write the operation out of place ({error})"
+                ) from error
             finally:
                 for handle in handles:
                     handle.remove()
@@ -203,7 +202,7 @@ class Taps:
             for n, row in enumerate(mine[name]):
                 row.copy_(sketched(made.per_sample(name, parts, n, n + 1)[0]))
 
-        made.single = self._single(made.mode)
+        made.single = read_once(made.mode.sites)
         for name, parts in made.parts(cotangent, lambda name, part: take(name, [part]), keep=False).items():
             take(name, parts)
         total = torch.stack([r.double().norm() for r in references.values()]).norm() if references else 0.0

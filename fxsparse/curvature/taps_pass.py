@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -106,6 +106,16 @@ class TapPass:
             total = g if total is None else total + g
         assert total is not None
         return total
+
+
+def read_once(sites: Sequence[Site]) -> frozenset[str]:
+    """The parameters that are read once, as they are."""
+    count: dict[str, int] = {}
+    for site in sites:
+        for operand in site.operands:
+            for name in operand.source.names:
+                count[name] = count.get(name, 0) + (1 if operand.source.direct else 2)
+    return frozenset(name for name, times in count.items() if times == 1)
 
 
 def pulled_back(value: Tensor, alias: Tensor, cotangents: Tensor) -> Tensor:

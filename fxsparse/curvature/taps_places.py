@@ -3,26 +3,28 @@
 1. Linear layers and convolutions with zero padding of torch's own classes, `F.linear`: a fused layer takes their place.
 2. Sparse layers, other paddings: a tap behind the layer.
 3. Embeddings and norms: a tap behind the layer.
-4. Fused attention: a tap at its output.
+4. Other modules (attention, recurrent layers, BatchNorm, anything that a collector can tap), samples along any axis of
+   their own: the module is run again in the backward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from fxsparse.curvature.fisher_scope import collecting_scope
 from fxsparse.curvature.groups import Grouping
-from fxsparse.curvature.taps_behind import gate_tap, tap_behind
+from fxsparse.curvature.taps_again import Places, RunAgain, tapped_call
+from fxsparse.curvature.taps_behind import tap_behind
 from fxsparse.curvature.taps_fused import fused_conv, fused_linear
-from fxsparse.graph.inputs import fresh_inputs, split_inputs
+from fxsparse.curvature.taps_layout import Layout as LayoutOfSite
+from fxsparse.curvature.taps_mode import Site
 from fxsparse.nn.functional import masked_weight
 from fxsparse.nn.masked import mask_name
 from fxsparse.nn.sparse_module import SparseModule
@@ -30,7 +32,8 @@ from fxsparse.passes.instrument_fisher import Tap
 from fxsparse.passes.places import split_name
 from fxsparse.passes.snapshot import graphs_of
 
-Names = tuple[str | None, str | None]
+Names = dict[str, str]
+"""Attribute of a layer -> first name of the parameter."""
 Refused = dict[str, str]
 
 
@@ -53,38 +56,58 @@ class Layer:
     mask: str | None = None
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What an examination has told.
+
+    Attributes:
+        refused: parameters of which no tap finds the gradients, and why.
+        apart: parameters whose samples do not lie along axis 0 alone, and where.
+        sites: the sites of the examined run.
+        layouts: where samples lie, by number of site.
+        samples: how many there were.
+        calls: arguments of the last call of a module in that run, flat, and how they hang together, by identity.
+    """
+
+    refused: Mapping[str, str] = field(default_factory=dict)
+    apart: Mapping[str, str] = field(default_factory=dict)
+    sites: Sequence[Site] = ()
+    layouts: Mapping[int, LayoutOfSite | None] = field(default_factory=dict)
+    samples: int = 0
+    calls: Mapping[int, tuple[list[Any], Any]] = field(default_factory=dict)
+
+
 def places_of(
-    module: nn.Module, wanted: Mapping[str, Tensor], refused: Refused, reasons: Mapping[str, str]
+    module: nn.Module, wanted: Mapping[str, Tensor], refused: Refused, seen: Seen
 ) -> Iterator[tuple[Layer, Names]]:
     """The layers that can be tapped with the parameters whose statistics they give; others go into `refused`."""
     names = {id(parameter): name for name, parameter in wanted.items()}
-    reads: dict[str, list[tuple[Layer, int] | str]] = {}
+    reads: dict[str, list[tuple[Layer, str] | str]] = {}
     layers: list[Layer] = []
     for path, graph in graphs_of(module).items():
         for node in graph.graph.nodes:
             for name, found in _reads(path, graph, node, names, layers):
                 reads.setdefault(name, []).append(found)
-    pairs: dict[int, list[str | None]] = {id(layer): [None, None] for layer in layers}
+    chosen: dict[int, Names] = {id(layer): {} for layer in layers}
     for name, places in reads.items():
         place = places[0]
         if len(places) > 1:
             refused[name] = f"it is read {len(places)} times, whose cross terms a tap cannot see"
         elif isinstance(place, str):
             refused[name] = place
-        elif name in reasons:
-            refused[name] = reasons[name]
+        elif name in seen.refused:
+            refused[name] = seen.refused[name]
         else:
-            pairs[id(place[0])][place[1]] = name
+            chosen[id(place[0])][place[1]] = name
     for layer in layers:
-        weight, bias = pairs[id(layer)]
-        if weight is not None or bias is not None:
-            yield layer, (weight, bias)
+        if chosen[id(layer)]:
+            yield layer, chosen[id(layer)]
 
 
 def _reads(
     path: str, graph: fx.GraphModule, node: fx.Node, names: Mapping[int, str], layers: list[Layer]
-) -> Iterator[tuple[str, tuple[Layer, int] | str]]:
-    """What a node reads: the layer and which of its operands, or why there is no tap."""
+) -> Iterator[tuple[str, tuple[Layer, str] | str]]:
+    """What a node reads: the layer and which of its parameters, or why there is no tap."""
     if node.op == "call_module":
         owner = graph.get_submodule(str(node.target))
         if not any(True for _ in owner.parameters()):
@@ -92,12 +115,7 @@ def _reads(
         mask = f"{node.target}.{mask_name('weight')}" if isinstance(owner, SparseModule) else None
         layer = Layer(path, graph, node, owner, mask)
         layers.append(layer)
-        for attribute, own in owner.named_parameters():
-            if id(own) in names:
-                operand = {"weight": 0, "bias": 1}.get(attribute)
-                known = operand is not None and len(node.args) == 1 and not node.kwargs
-                missing = f"it belongs to a {type(owner).__name__}, called in a way that has no tap"
-                yield names[id(own)], (layer, operand) if known and operand is not None else missing
+        yield from ((names[id(own)], (layer, name)) for name, own in owner.named_parameters() if id(own) in names)
     elif node.op == "get_attr":
         place, attribute = split_name(str(node.target))
         holder = graph.get_submodule(place) if place else graph
@@ -108,7 +126,7 @@ def _reads(
 
 def _function_reads(
     path: str, graph: fx.GraphModule, node: fx.Node, layers: list[Layer]
-) -> Iterator[tuple[Layer, int] | str]:
+) -> Iterator[tuple[Layer, str] | str]:
     """`F.linear(x, weight, bias)`, the weight as it is or through its mask."""
     for user in node.users:
         read, mask = node, None
@@ -127,17 +145,41 @@ def _function_reads(
             layers.append(layer)
         if mask is not None:
             object.__setattr__(layer, "mask", mask)
-        yield layer, where[0] - 1
+        yield layer, ("weight", "bias")[where[0] - 1]
 
 
-def tap_of(layer: Layer, names: Names, groupings: Mapping[str, tuple[Grouping, ...]]) -> Tap | Refused:
-    """The tap of a layer, or why each parameter has none."""
+def tap_of(
+    layer: Layer, attributes: Names, groupings: Mapping[str, tuple[Grouping, ...]], seen: Seen, full: Mapping[int, str]
+) -> Tap | Refused:
+    """The tap of a layer, or why each parameter has none.
+
+    Args:
+        layer: the layer.
+        attributes: those of its parameters that are wanted.
+        groupings: by parameter.
+        seen: what an examination has told.
+        full: first names of all parameters, by identity.
+    """
+    apart = {name: seen.apart[name] for name in attributes.values() if name in seen.apart}
+    quick = apart or _quick(layer, attributes, groupings)
+    if isinstance(quick, Tap):
+        return quick
+    if layer.owner is None or isinstance(layer.owner, fx.GraphModule):
+        return {name: quick.get(name) or next(iter(quick.values())) for name in attributes.values()}
+    return _tap_again(layer, attributes, groupings, seen, full)
+
+
+def _quick(layer: Layer, attributes: Names, groupings: Mapping[str, tuple[Grouping, ...]]) -> Tap | Refused:
+    """A tap that needs no second run, or why there is none."""
     owner, node = layer.owner, layer.node
-    every = [name for name in names if name is not None]
+    names = attributes.get("weight"), attributes.get("bias")
+    every = list(attributes.values())
+    if not set(attributes) <= {"weight", "bias"} or (owner is not None and (len(node.args) != 1 or node.kwargs)):
+        return dict.fromkeys(every, f"it belongs to a {type(owner).__name__}, called in a way that has no tap")
     axis = _axis(groupings[names[0]]) if names[0] is not None else 0
     if axis is None:
         return dict.fromkeys(every, "its groups are no slices along one axis")
-    fresh = _read_in_place(node, layer.graph)
+    fresh = read_in_place(node, layer.graph)
     kind = None if owner is None else _kind(owner)
     if isinstance(kind, str):
         return dict.fromkeys(every, kind)
@@ -151,6 +193,58 @@ def tap_of(layer: Layer, names: Names, groupings: Mapping[str, tuple[Grouping, .
         return _conv_tap(owner, layer, base, fresh)
     assert kind is not None
     return Tap(**base, function=tap_behind, arguments=(*kind, fresh))
+
+
+def _tap_again(
+    layer: Layer,
+    attributes: Names,
+    groupings: Mapping[str, tuple[Grouping, ...]],
+    seen: Seen,
+    full: Mapping[int, str],
+) -> Tap | Refused:
+    """A second run of the module in the backward pass."""
+    owner = layer.owner
+    assert owner is not None
+    what = f"it belongs to a {type(owner).__name__}"
+    names = {name: full[id(own)] for name, own in owner.named_parameters() if id(own) in full}
+    sites = [site for site in seen.sites if not names_of(site).isdisjoint(names.values())]
+    if not all(names_of(site) <= set(names.values()) for site in sites):
+        return dict.fromkeys(attributes.values(), f"{what}, which is read together with other parameters")
+    places = Places.of(sites, seen.layouts, seen.samples) if sites else "no tap was seen to read it"
+    if isinstance(places, Places) and not _does_alone(owner, names, places, seen):
+        places = "samples are told apart outside of it"
+    axes = {name: {grouping.axis for grouping in groupings[full]} for name, full in attributes.items()}
+    if not isinstance(places, Places):
+        return dict.fromkeys(attributes.values(), f"{what}: {places}")
+    along: dict[str, int | None] = {}
+    for name, found in axes.items():
+        axis = found.pop() if len(found) == 1 else "several"
+        if isinstance(axis, str):
+            return dict.fromkeys(attributes.values(), f"{what}, whose groups are no slices along one axis")
+        along[name] = axis
+    copied = read_in_place(layer.node, layer.graph)
+
+    def runner(called: nn.Module, statistics: Sequence[nn.Parameter]) -> nn.Module:
+        given = {name: (statistic, along[name]) for name, statistic in zip(attributes, statistics, strict=True)}
+        return RunAgain(called, given, places, names, copied)
+
+    sizes = tuple(_size(groupings[name]) for name in attributes.values())
+    return Tap(layer.path, layer.node.name, tuple(attributes.values()), sizes, None, runner=runner)
+
+
+def _does_alone(owner: nn.Module, names: Names, places: Places, seen: Seen) -> bool:
+    """Whether the module, called alone, reads its parameters at the same sites."""
+    if id(owner) not in seen.calls:
+        return False
+    inputs, form = seen.calls[id(owner)]
+    with collecting_scope(owner):
+        mode, _ = tapped_call(owner, names, inputs, form, places.by_number())
+    return not mode.uncovered and tuple(site.signature for site in mode.sites) == places.signatures
+
+
+def names_of(site: Site) -> set[str]:
+    """The parameters that a site reads."""
+    return {name for operand in site.operands for name in operand.source.names}
 
 
 def _conv_tap(owner: _ConvNd, layer: Layer, base: dict[str, Any], fresh: bool) -> Tap:
@@ -182,8 +276,6 @@ def _kind(owner: nn.Module) -> tuple[str, tuple[Any, ...]] | str | None:
             return "group_norm", (owner.num_groups, owner.eps)
         if isinstance(owner, nn.modules.instancenorm._InstanceNorm) and not owner.track_running_stats:
             return "instance_norm", (owner.eps,)
-        if isinstance(owner, _BatchNorm):
-            return f"it belongs to a {type(owner).__name__}, which couples samples while it trains"
     return f"it belongs to a {type(owner).__name__}"
 
 
@@ -213,8 +305,11 @@ def _size(groupings: tuple[Grouping, ...]) -> int:
     return first.index.numel() if first.index is not None else first.count
 
 
-def _read_in_place(node: fx.Node, graph: fx.GraphModule) -> bool:
+def read_in_place(node: fx.Node, graph: fx.GraphModule) -> bool:
+    """Whether a reader of a node, or of a part of it, writes into it."""
     for user in node.users:
+        if user.target is operator.getitem and read_in_place(user, graph):
+            return True
         inner = graph.get_submodule(str(user.target)) if user.op == "call_module" else None
         name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
         if getattr(inner, "inplace", False) or user.kwargs.get("inplace", False):
@@ -222,56 +317,3 @@ def _read_in_place(node: fx.Node, graph: fx.GraphModule) -> bool:
         if user.op != "call_module" and (name.endswith("_") or name in ("setitem", "iadd", "imul", "isub", "itruediv")):
             return True
     return False
-
-
-class _Shapes(fx.Interpreter):
-    """Runs a graph and notes the shapes of attention outputs."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.shapes: dict[str, tuple[int, ...]] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if n.target is F.scaled_dot_product_attention:
-            self.shapes[n.name] = tuple(result.shape)
-        return result
-
-
-def gate_taps(module: nn.Module, example_inputs: Any, prefix: str) -> list[Tap]:
-    """A tap behind every fused attention operator whose output is [N, heads, T, size]."""
-    graphs = {
-        path: graph
-        for path, graph in graphs_of(module).items()
-        if any(node.target is F.scaled_dot_product_attention for node in graph.graph.nodes)
-    }
-    found: list[Tap] = []
-    seen: dict[str, dict[str, tuple[int, ...]]] = {}
-
-    def looked_at(path: str, graph: fx.GraphModule, args: tuple[Any, ...]) -> None:
-        if path not in seen:
-            seen[path] = {}
-            shapes = _Shapes(graph)
-            with torch.no_grad():
-                shapes.run(*args)
-            seen[path] = shapes.shapes
-
-    handles = [
-        graph.register_forward_pre_hook(lambda g, args, path=path: looked_at(path, g, args))
-        for path, graph in graphs.items()
-    ]
-    try:
-        args, kwargs = fresh_inputs(*split_inputs(example_inputs))
-        with collecting_scope(module), torch.no_grad():
-            module(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for path, graph in graphs.items():
-        nodes = {node.name: node for node in graph.graph.nodes}
-        for name, shape in seen.get(path, {}).items():
-            if len(shape) == 4:
-                label = prefix + (f"{path}.{name}" if path else name)
-                fresh = _read_in_place(nodes[name], graph)
-                found.append(Tap(path, name, (label, None), (shape[1], 0), gate_tap, None, (fresh,)))
-    return found

@@ -7,25 +7,31 @@ of zeros. Backward passes add up there as they do in any gradient. Squares scale
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
 
 from fxsparse.curvature.fisher_batch import read_batch
 from fxsparse.curvature.fisher_scope import collecting_scope
+from fxsparse.curvature.fisher_types import CoupledSamples
 from fxsparse.curvature.groups import Grouping
 from fxsparse.curvature.groups_types import Heads, Reading, groupings_of
 from fxsparse.curvature.operator_data import one_output
 from fxsparse.curvature.taps import Taps
+from fxsparse.curvature.taps_gates import gate_taps
 from fxsparse.curvature.taps_layout import Layout
-from fxsparse.curvature.taps_places import gate_taps, places_of, tap_of
+from fxsparse.curvature.taps_places import Seen, places_of, tap_of
 from fxsparse.errors import ConfigError, DataError
 from fxsparse.graph import capture
 from fxsparse.graph.inputs import split_inputs
 from fxsparse.passes.instrument_fisher import CONTAINER, InstrumentFisher, RemoveFisher, Tap, statistics_of
+from fxsparse.passes.snapshot import graphs_of
 
 GATE = "gate:"
 """What the names of attention gates begin with."""
@@ -44,6 +50,10 @@ class Instrumented:
     module: nn.Module
     refused: dict[str, str]
     groupings: Mapping[str, tuple[Grouping, ...]] = field(default_factory=dict)
+    _batches: dict[str, int] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._batches = self._batches_seen()
 
     @property
     def statistics(self) -> dict[str, nn.Parameter]:
@@ -70,7 +80,12 @@ class Instrumented:
             passes: how many backward passes were added up.
             loss_scale: by what the loss was multiplied before (AMP); squares carry its square.
             mean: whether the loss was a mean over the samples; else a sum.
+
+        Raises:
+            CoupledSamples: a BatchNorm took its statistics from a batch since `clear`, so that no sample had a gradient
+                of its own.
         """
+        self._check_uncoupled()
         unscaled = samples**2 if mean else 1
         factor = unscaled / (samples * passes * loss_scale**2)
         found: dict[str, Tensor] = {}
@@ -88,6 +103,22 @@ class Instrumented:
         """Forget what has arrived."""
         for statistic in self.statistics.values():
             statistic.grad = None
+        self._batches = self._batches_seen()
+
+    def _batches_seen(self) -> dict[str, int]:
+        """How often each BatchNorm has taken statistics from a batch."""
+        norms = {path: module for path, module in self.module.named_modules() if isinstance(module, _BatchNorm)}
+        counted = {path: norm.num_batches_tracked for path, norm in norms.items()}
+        return {path: int(count) for path, count in counted.items() if count is not None}
+
+    def _check_uncoupled(self) -> None:
+        for path, count in self._batches_seen().items():
+            if count != self._batches.get(path):
+                raise CoupledSamples(
+                    f"`{path}` ({type(self.module.get_submodule(path)).__name__}) was in training mode, where it "
+                    "couples samples, so that no statistic is that of single samples: put it into evaluation mode, "
+                    "call `clear`, and run the batches again"
+                )
 
     def removed(self) -> nn.Module:
         """The module without taps."""
@@ -135,13 +166,14 @@ def instrument_fisher(
         raise ConfigError(f"`parameters` (={sorted(unknown)[0]!r}) is no parameter of the model")
     if not wanted:
         raise ConfigError("the model has no layer to tap: no parameter of it requires gradients")
-    reasons, readings = _examined(captured, wanted, example_inputs, output)
+    seen, readings = _examined(captured, wanted, example_inputs, output)
     taps, refused = [], {name: "it is read outside of the graphs" for name in wanted}
-    places = list(places_of(captured, wanted, refused, reasons))
-    covered = [name for _, names in places for name in names if name is not None]
+    places = list(places_of(captured, wanted, refused, seen))
+    covered = [name for _, names in places for name in names.values()]
     groupings = groupings_of(captured, covered, "auto", heads, readings)
+    full = {id(parameter): name for name, parameter in captured.named_parameters()}
     for layer, names in places:
-        made = tap_of(layer, names, groupings)
+        made = tap_of(layer, names, groupings, seen, full)
         if isinstance(made, Tap):
             taps.append(made)
             for name in made.parameters:
@@ -157,33 +189,61 @@ def instrument_fisher(
 
 def _examined(
     module: nn.Module, wanted: Mapping[str, nn.Parameter], example_inputs: Any, output: Callable[[Any], Tensor]
-) -> tuple[dict[str, str], dict[str, Reading]]:
-    """Parameters whose layers do not have the samples along axis 0, and how all are read."""
+) -> tuple[Seen, dict[str, Reading]]:
+    """Where the samples lie in each layer, and how all parameters are read."""
     args, kwargs = split_inputs(example_inputs)
     batch = read_batch(((args, kwargs), None), next(iter(wanted.values())).device)
-    reasons: dict[str, str] = {}
+    every = {name: parameter for name, parameter in module.named_parameters() if parameter.is_floating_point()}
+    noted: dict[str, Any] = {}
 
     class Noted(Taps):
         """Keeps what the examination has seen of sites."""
 
         def _compare(self, made: Any, cotangent: Tensor, references: dict[str, Tensor]) -> None:
             super()._compare(made, cotangent, references)
+            apart: dict[str, str] = {}
             for site in made.mode.sites:
-                apart = self.layouts.get(site.number) == Layout(0) and site.shape[0] == made.samples
+                alone = self.layouts.get(site.number) == Layout(0) and site.shape[0] == made.samples
                 for operand in site.operands:
-                    reason = f"at `{site.what}` the samples do not lie along axis 0 alone"
-                    if not apart or operand.source.direct is None:
-                        reasons.update(dict.fromkeys(operand.source.names, reason))
+                    if not alone or operand.source.direct is None:
+                        reason = f"at `{site.what}` the samples do not lie along axis 0 alone"
+                        apart.update(dict.fromkeys(operand.source.names, reason))
+            noted.update(apart=apart, sites=made.mode.sites, layouts=self.layouts, samples=made.samples)
 
-    taps = Noted(module, wanted, output)
+    taps = Noted(module, every, output)
+    calls: dict[int, tuple[list[Any], Any]] = {}
     with collecting_scope(module):
         try:
             taps.examine(batch)
+            few = taps.evidence[0]
+            with _noted_calls(module, calls), torch.no_grad():
+                args, kwargs = few.fresh()
+                module(*args, **kwargs)
         except DataError as error:
             if "`output`" not in str(error):
                 raise
-            return {}, {}  # outputs that are no tensor tell nothing of the samples
-    return {**taps.refused, **reasons}, taps.readings
+            return Seen(), {}  # outputs that are no tensor tell nothing of the samples
+    return Seen(taps.refused, **noted, calls=calls), taps.readings
+
+
+@contextlib.contextmanager
+def _noted_calls(module: nn.Module, calls: dict[int, tuple[list[Any], Any]]) -> Iterator[None]:
+    """Note the arguments of each module that holds parameters and is called by a graph."""
+
+    def note(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls[id(owner)] = pytree.tree_flatten((args, kwargs))
+
+    called = [
+        graph.get_submodule(str(node.target))
+        for graph in graphs_of(module).values()
+        for node in graph.graph.find_nodes(op="call_module")
+    ]
+    handles = [owner.register_forward_pre_hook(note, with_kwargs=True) for owner in called]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 __all__ = ["CONTAINER", "GATE", "Instrumented", "instrument_fisher"]

@@ -124,7 +124,8 @@ class Tuner:
         for form in layer.forms:
             module = micro.module
             if form is not Form.DENSE:
-                module = lower_shared_support(module, (micro.example,), choose={"weight": form}).model
+                single, inside = {"weight": form}, self.quantize is None
+                module = lower_shared_support(module, (micro.example,), choose=single, bias_inside=inside).model
             files[form.value] = micro.export(module)
             if self.quantize is not None:
                 small = _quantized(self.quantize, files[form.value], feed)

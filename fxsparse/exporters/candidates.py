@@ -95,6 +95,10 @@ class Kitchen:
         self._references: dict[Any, Reference] = {}
         self._made = 0
 
+    @property
+    def _float(self) -> bool:
+        return not self.plan.target.is_int8
+
     def best(self) -> Candidate:
         """The candidate to keep.
 
@@ -105,7 +109,7 @@ class Kitchen:
         small = shrink.compacted(base, self.plan.compact)
         if self.plan.tuner is not None:
             return self._tuned(base, small, self.plan.tuner)
-        lowered = shrink.lowered(small, self.plan.lower)
+        lowered = shrink.lowered(small, self.plan.lower, bias_inside=self._float)
         return self._first([lowered, small, base])
 
     def _first(self, variants: Sequence[Variant]) -> Candidate:
@@ -122,7 +126,7 @@ class Kitchen:
 
     def _tuned(self, base: Variant, small: Variant, tuner: Tuner) -> Candidate:
         """The fastest (smallest) of: as it is, compacted, lowered by the rule, lowered as measured layer by layer."""
-        by_rule = shrink.lowered(small, self.plan.lower, look=True)
+        by_rule = shrink.lowered(small, self.plan.lower, look=True, bias_inside=self._float)
         records = list(by_rule.records.values())
         choices = tuner.choose(small.subject.folded, self._run, records) if records else {}
         forms = {
@@ -130,7 +134,9 @@ class Kitchen:
         }
         variants: list[tuple[Variant, Mapping[str, Choice]]] = [(base, {}), (small, {}), (by_rule, {})]
         if any(form is not by_rule.records[name].form for name, form in forms.items()):
-            variants.insert(0, (shrink.lowered(small, self.plan.lower, forms, look=True), choices))
+            variants.insert(
+                0, (shrink.lowered(small, self.plan.lower, forms, look=True, bias_inside=self._float), choices)
+            )
         else:
             variants[2] = (by_rule, choices)
         found: list[Candidate] = []

@@ -146,7 +146,7 @@ def _report(
         resized=removal.weights if removal is not None else {},
         layers=tuple(work.layers),
         stops=tuple(dict.fromkeys(map(str, removal.stops))) if removal is not None else (),
-        left=without_rule(source.model.graph),
+        left=without_rule(work.model.graph),
         verification=found[0] if found else None,
         latency=times,
         notes=tuple(work.notes),

@@ -79,6 +79,7 @@ def compacted_copy(model: ir.Model, options: Options, multiple: int = 1) -> Work
     work = Work(model.clone(), channels=options.channels, multiple=multiple)
     infer(work.model)
     settled = settle_sizes(work.model)
+    remove_unused(work.model.graph)
     work.folded, failure = fold(work.model)
     if settled or work.folded:
         infer(work.model)
@@ -96,7 +97,7 @@ def compacted_copy(model: ir.Model, options: Options, multiple: int = 1) -> Work
 
 
 def variants_of(model: ir.Model, feeds: Sequence[Feed], options: Options) -> list[Work]:
-    """What may be written, the one that is expected to be fastest last; the first is compacted alone.
+    """What may be written, the one that is expected to be fastest last.
 
     Removing channels may break groups of rows that share their zeros, so lowering is also tried without it; and blocks
     of channels that convolutions work in, so where all are timed there is one with whole blocks and one with all.
@@ -114,8 +115,9 @@ def variants_of(model: ir.Model, feeds: Sequence[Feed], options: Options) -> lis
     made = [_chosen(compacted, feeds, options)]
     if compacted.removal is not None and compacted.removal.channels:
         made.append(_chosen(compacted_copy(model, replace(options, channels=False)), feeds, options))
-    made.sort(key=lambda work: -work.us)
-    return [compacted, *rounded, *(work for work in made if work.keys)]
+    best = min((work for work in made if work.keys or work is compacted), key=lambda work: work.us, default=compacted)
+    others = [work for work in made if work.keys and work is not best]
+    return [*([compacted] if best is not compacted else []), *rounded, *others, best]
 
 
 def _rounded(model: ir.Model, compacted: Work, options: Options) -> list[Work]:

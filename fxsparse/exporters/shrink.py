@@ -105,7 +105,11 @@ def compacted(variant: Variant, wanted: bool | None) -> Variant:
 
 
 def lowered(
-    variant: Variant, wanted: bool | None, choose: Mapping[str, Form] | Policy | None = None, look: bool = False
+    variant: Variant,
+    wanted: bool | None,
+    choose: Mapping[str, Form] | Policy | None = None,
+    look: bool = False,
+    bias_inside: bool = True,
 ) -> Variant:
     """The variant with its shared supports lowered; itself, with the reasons, where every layer stays dense.
 
@@ -114,6 +118,7 @@ def lowered(
         wanted: whether it was asked for; None to try where a weight has such supports.
         choose: as `lower_shared_support` takes it.
         look: whether to look at models without the pattern, too, unless `wanted` is False.
+        bias_inside: as `lower_shared_support` takes it.
 
     Raises:
         ExportError: it was asked for and is not possible.
@@ -124,7 +129,8 @@ def lowered(
     try:
         inputs, axes = subject.inputs, subject.inputs.axes()
         free = [axes.get(i, {}) for i in range(len(inputs.tensors))]
-        found = lower_shared_support(variant.model, inputs.build(inputs.tensors), choose=choose, free=free)
+        built = inputs.build(inputs.tensors)
+        found = lower_shared_support(variant.model, built, choose=choose, free=free, bias_inside=bias_inside)
         records = {record.name: record for record in found.records}
         if all(record.form is Form.DENSE for record in found.records):
             return replace(variant, records=records, notes=(*variant.notes, *found.notes))

@@ -13,6 +13,7 @@ from fxsparse.errors import ConfigError
 from fxsparse.nn.masked import check_mask, mask_of, mask_written, zero_dead_
 from fxsparse.nn.model import MaskedWeight
 from fxsparse.nn.resu_state import ALIVE, COMPANIONS, RESURRECTING, TRAINABLE, Mode, has_companions, read_phase
+from fxsparse.nn.sharded import part, part_like
 from fxsparse.nn.slot import slots_of
 from fxsparse.sparsity import generator
 
@@ -95,7 +96,7 @@ class Resurrection:
     @property
     def theta(self) -> Float[Tensor, " dead"]:
         """A copy of W[~M], in index order."""
-        return self.weight.weight.detach()[~self.weight.mask]
+        return self.weight.dense(self.weight.weight.detach())[~self.weight.mask]
 
     def follow_buffers(self) -> None:
         """Set the mode to what the buffers say, after something else than `load_state_dict` wrote them."""
@@ -105,7 +106,7 @@ class Resurrection:
 
     def scale(self) -> float:
         """Unbiased standard deviation sigma of the alive weights; 1/sqrt(fan_in) where it is undefined or zero."""
-        alive = self.weight.weight.detach()[self.weight.mask]
+        alive = self.weight.dense(self.weight.weight.detach())[self.weight.mask]
         sigma = (
             float(alive.to(torch.promote_types(alive.dtype, torch.float64)).std()) if alive.numel() >= 2 else math.nan
         )
@@ -155,8 +156,8 @@ class Resurrection:
             raise ConfigError(f"`trainable` (={kind}) must be bool, {tuple(mask.shape)}, and True at dead weights only")
         scale = epsilon * self.scale()
         start = theta_start(init, scale, mask, trainable, generator(seed, tensor_index, update_index, "theta"))
-        with torch.no_grad():
-            self.weight.weight.copy_(torch.where(mask, self.weight.weight, start.to(self.weight.weight)))
+        present = self.weight.dense(self.weight.weight.detach())
+        self.weight.write_(torch.where(mask, present, start.to(present)))
         held = mask.clone()
         for module, attribute in self.weight.owners:
             slots_of(module)[attribute].open = True
@@ -209,7 +210,9 @@ class Resurrection:
         """
         if self.mode is not Mode.RESU:
             self._refuse("write_theta_")
-        self.weight.weight.copy_(torch.where(self.trainable, values, self.weight.weight))
+        own = part(self.weight.weight)
+        trainable, chosen = (part_like(each, self.weight.weight) for each in (self.trainable, values))
+        own.copy_(torch.where(trainable, chosen, own))
 
     def _buffer(self, ending: str) -> Tensor:
         module, attribute = self.weight.owners[0]

@@ -6,7 +6,7 @@ import dataclasses
 import enum
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from fxsparse.errors import ConfigError
 from fxsparse.nn.functional import DenseGradients, collecting
 from fxsparse.nn.shared_index import drop_index, eligible, held_index, write_index_
-from fxsparse.nn.shared_kernels import Geometry, outer_gradient
+from fxsparse.nn.shared_kernels import Geometry, Kernel, constant_in_graphs, outer_gradient
 from fxsparse.nn.shared_product import (
     Index,
     ReusedGradient,
@@ -28,6 +28,7 @@ from fxsparse.nn.shared_product import (
     read_alive,
     spread_values,
 )
+from fxsparse.nn.shared_triton import runs as fused_runs
 from fxsparse.nn.slot import SHARED, slots_of
 
 WEIGHT, MASK, ROW_ORDER = "weight", "weight_mask", "weight_row_order"
@@ -40,6 +41,8 @@ class FastMode(enum.Enum):
     """Whichever is faster, measured once per shape and device; the choice may change the last bits of a result."""
     SPARSE = "sparse"
     """By gathers and small dense products, wherever a weight is sparse."""
+    TRITON = "triton"
+    """By fused Triton kernels where they run (linear layers on CUDA), as SPARSE elsewhere."""
     DENSE = "dense"
     """By dense products with the masked weight."""
 
@@ -55,6 +58,18 @@ class Mover(Protocol):
             held: Its shape before.
             move: Turns values at the old positions into values at the new ones; None when a checkpoint brings them.
         """
+
+
+class Choice(NamedTuple):
+    """What was measured for one situation.
+
+    Attributes:
+        ratio: Time of the dense product over that of the fastest sparse one; None where no dense one was measured.
+        kernel: The fastest sparse product.
+    """
+
+    ratio: float | None
+    kernel: Kernel
 
 
 class SharedPath:
@@ -75,7 +90,7 @@ class SharedPath:
         self.reason: str | None = "not prepared"
         self.rows = Rows(shape[0], 1, shape[0], True)
         self.sparsity = 0.0
-        self.chosen: dict[tuple[Any, ...], float] = {}  # situation -> time of dense / time of sparse
+        self.chosen: dict[tuple[Any, ...], Choice] = {}  # situation -> what was measured
         self.reused = ReusedGradient()
         self.movers: weakref.WeakSet[Mover] = weakref.WeakSet()
         self._seen: tuple[Tensor | None, int, Tensor | None, int] = (None, -1, None, -1)
@@ -99,6 +114,11 @@ class SharedPath:
             except ConfigError as error:
                 self.reason = str(error)
 
+    def forget(self) -> None:
+        """Hold neither the mask nor the memory of a dense gradient any more; `refresh` looks again."""
+        self.reused.forget()
+        self._seen = (None, -1, None, -1)
+
     def _is_seen(self, mask: Tensor, order: Tensor | None) -> bool:
         seen = self._seen
         return seen[0] is mask and seen[2] is order and (seen[1], seen[3]) == (_version(mask), _version(order))
@@ -112,9 +132,8 @@ class SharedPath:
             self.refresh(module)
             if self.reason is not None or _recorded(input) or input.numel() == 0:
                 return None
-        if not self.fits(input) or not (self.packed or self.takes_sparse(module, input)):
-            return None
-        return self.sparse(module, input)
+        kernel = self.kernel(module, input) if self.fits(input) else None
+        return None if kernel is None else self.sparse(module, input, kernel)
 
     def fits(self, input: Tensor) -> bool:
         """Whether the layer takes an input of this shape; the dense product says what is wrong with others."""
@@ -123,31 +142,41 @@ class SharedPath:
             return input.ndim > 0 and input.shape[-1] == self.shape[1]
         return input.ndim in (axes + 1, axes + 2) and input.shape[-axes - 1] == self.shape[1]
 
-    def takes_sparse(self, module: nn.Module, input: Tensor) -> bool:
-        """Whether the sparse product is the choice for this input; measures where nobody has yet."""
-        if self.mode is not FastMode.AUTO:
-            return self.mode is FastMode.SPARSE
-        if self.threshold is not None:
-            return self.sparsity >= self.threshold
-        key = situation(self, input)
+    def kernel(self, module: nn.Module, input: Tensor) -> Kernel | None:
+        """Which sparse product is taken for this input, None for the dense one; measures where nobody has yet."""
+        if self.mode in (FastMode.SPARSE, FastMode.DENSE):
+            return Kernel.GATHER if self.packed or self.mode is FastMode.SPARSE else None
+        fused = not isinstance(module, _ConvNd) and fused_runs(input.device, dtype_of(input))
+        if self.mode is FastMode.TRITON:
+            return Kernel.TRITON if fused else Kernel.GATHER
+        dense = not self.packed and self.threshold is None
+        if not (self.packed or dense) and self.sparsity < (self.threshold or 0.0):
+            return None
+        if not (dense or fused):
+            return Kernel.GATHER
+        key = (*situation(self, input), dense)
         if key not in self.chosen:
-            if torch.compiler.is_compiling():
-                return self.sparsity >= UNMEASURED
+            if torch.compiler.is_compiling() or _captured(input):
+                return None if dense and self.sparsity < UNMEASURED else Kernel.GATHER
             from fxsparse.nn.shared_choice import measured  # it runs this very path
 
-            self.chosen[key] = measured(module, self, input)
-        return self.chosen[key] > 1.0
+            kernels = (Kernel.GATHER, Kernel.TRITON) if fused else (Kernel.GATHER,)
+            self.chosen[key] = measured(module, self, input, kernels, dense)
+        ratio, kernel = self.chosen[key]
+        return None if ratio is not None and ratio <= 1.0 else kernel
 
-    def sparse(self, module: nn.Module, input: Tensor) -> Tensor:
-        """The layer's output by gathers and small dense products."""
+    def sparse(self, module: nn.Module, input: Tensor, kernel: Kernel) -> Tensor:
+        """The layer's output by a sparse product."""
         weight, bias = module._parameters[WEIGHT], module._parameters.get("bias")
         assert weight is not None
-        output = self.run(module, input, weight, bias)
+        output = self.run(module, input, weight, bias, kernel)
         if not torch.compiler.is_compiling() and output.requires_grad and _wanted(module):
             _watch(module, self.shape, input.detach(), output)
         return output
 
-    def run(self, module: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def run(
+        self, module: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | None, kernel: Kernel = Kernel.GATHER
+    ) -> Tensor:
         """The sparse product with this weight, stored as the module's."""
         kind = input.device.type
         low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -159,7 +188,7 @@ class SharedPath:
         sink = sink_of(module)
         if isinstance(module, _ConvNd):
             return _convolved(module, input, values, bias, index, self.rows, sink)
-        made = product(input.reshape(-1, self.shape[1]), values, bias, index, self.rows, None, sink)
+        made = product(input.reshape(-1, self.shape[1]), values, bias, index, self.rows, None, sink, kernel)
         return made.view(*input.shape[:-1], self.shape[0])
 
     def _alive(self, weight: Tensor, index: Index) -> Tensor:
@@ -203,11 +232,25 @@ UNMEASURED = 0.5
 def situation(path: SharedPath, input: Tensor) -> tuple[Any, ...]:
     """What a measured choice holds for: shapes, type, device; sizes of batches in steps of two."""
     samples = input.numel() // max(input.shape[1] if input.ndim > 2 else input.shape[-1], 1)
-    kind = input.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
     plain = input.is_contiguous()
-    threads = torch.get_num_threads()
-    return (path.rows, round(path.sparsity, 1), samples.bit_length(), str(input.device), dtype, plain, threads)
+    place = (str(input.device), dtype_of(input), plain, _threads())
+    return (path.rows, round(path.sparsity, 1), samples.bit_length(), *place)
+
+
+@constant_in_graphs
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+def dtype_of(input: Tensor) -> torch.dtype:
+    """The data type that a product of this input has."""
+    kind = input.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
+
+
+def _captured(input: Tensor) -> bool:
+    """Whether a CUDA graph records what runs: nothing can be timed in it."""
+    return input.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def path_of(module: nn.Module) -> SharedPath | None:

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from fxsparse.errors import ConfigError
+from fxsparse.nn import shared_triton
 from fxsparse.nn.conv import Conv1d, Conv2d, Conv3d
 from fxsparse.nn.linear import Linear
-from fxsparse.nn.shared import FastMode, SharedPath, close_path, open_path, path_of
+from fxsparse.nn.shared import WEIGHT, Choice, FastMode, SharedPath, close_path, open_path, path_of
+from fxsparse.nn.shared_kernels import Kernel
 from fxsparse.sparsity import SharedSupport
 
 FAST_TYPES = (Linear, Conv1d, Conv2d, Conv3d)
@@ -26,9 +28,9 @@ class FastLayer:
         name: Path of the module.
         shape: Shape of its dense weight.
         sparsity: Dead fraction, 0 where there is no sparse product.
-        product: "sparse", "dense", or "unmeasured" until the first step has measured it.
-        ratio: Time of the dense product over that of the sparse one, forward and backward, as last measured; None
-            where nobody has.
+        product: "dense", "sparse" (gathers), "triton", or "unmeasured" until the first step has measured it.
+        ratio: Time of the dense product over that of the fastest sparse one, forward and backward, as last measured;
+            None where nobody has.
         reason: Why there is no sparse product, or None.
     """
 
@@ -90,12 +92,14 @@ def accelerate(
 
     Raises:
         ConfigError: a model without any layer that could be faster, a threshold outside [0, 1] or one given to another
-            mode. Nothing has changed then.
+            mode, or `FastMode.TRITON` where Triton is not installed. Nothing has changed then.
     """
     if not isinstance(mode, FastMode):
         raise ConfigError(f"`mode` (={mode!r}) must be a FastMode such as FastMode.AUTO")
     if sparse_threshold is not None and not (0 <= sparse_threshold <= 1 and mode is FastMode.AUTO):
         raise ConfigError(f"`sparse_threshold` (={sparse_threshold}) must be in [0, 1], for FastMode.AUTO (={mode})")
+    if mode is FastMode.TRITON and not shared_triton.INSTALLED:
+        raise ConfigError(f"`mode` (={mode}) needs Triton; install triton, which torch for CUDA brings on Linux")
     found = _layers(model)
     if not found:
         raise ConfigError(
@@ -126,22 +130,36 @@ def fast_report(model: nn.Module) -> FastReport:
         path = path_of(module)
         if path is not None:
             path.refresh(module)
-            layers.append(_row(name, path))
+            layers.append(_row(name, module, path))
     return FastReport(tuple(layers))
 
 
-def _row(name: str, path: SharedPath) -> FastLayer:
-    ratio = next(reversed(path.chosen.values()), None)
-    if path.reason is not None or path.mode is FastMode.DENSE:
-        product = "dense"
-    elif path.packed or path.mode is FastMode.SPARSE:
-        product = "sparse"
-    elif path.threshold is not None:
-        product = "sparse" if path.sparsity >= path.threshold else "dense"
-    else:
-        product = "unmeasured" if ratio is None else "sparse" if ratio > 1 else "dense"
+def _row(name: str, module: nn.Module, path: SharedPath) -> FastLayer:
+    choice = next(reversed(path.chosen.values()), None)
     sparsity = path.sparsity if path.reason is None else 0.0
-    return FastLayer(name, tuple(path.shape), sparsity, product, ratio, path.reason)
+    ratio = None if choice is None else choice.ratio
+    return FastLayer(name, tuple(path.shape), sparsity, _product(module, path, choice), ratio, path.reason)
+
+
+def _product(module: nn.Module, path: SharedPath, choice: Choice | None) -> str:
+    """What the layer takes, for the input that was measured last in AUTO."""
+    weight = module._parameters[WEIGHT]
+    assert weight is not None
+    fused = type(module) is Linear and shared_triton.runs(weight.device, weight.dtype)
+    if path.reason is not None or (path.mode is FastMode.DENSE and not path.packed):
+        return "dense"
+    if path.mode in (FastMode.SPARSE, FastMode.DENSE):
+        return "sparse"
+    if path.mode is FastMode.TRITON:
+        return "triton" if fused else "sparse"
+    if path.threshold is not None and not path.packed and path.sparsity < path.threshold:
+        return "dense"
+    forced = path.packed or path.threshold is not None  # the dense product is no choice
+    if choice is None:
+        return "sparse" if forced and not fused else "unmeasured"
+    if not forced and choice.ratio is not None and choice.ratio <= 1:
+        return "dense"
+    return "triton" if choice.kernel is Kernel.TRITON else "sparse"
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:

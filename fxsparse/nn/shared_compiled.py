@@ -12,15 +12,7 @@ import torch
 from torch import Tensor
 
 from fxsparse.nn.functional import collecting
-from fxsparse.nn.shared_kernels import (
-    Geometry,
-    convolution_backward,
-    convolution_forward,
-    linear_backward,
-    linear_forward,
-    outer_gradient,
-    output_size,
-)
+from fxsparse.nn.shared_kernels import Geometry, Kernel, backward, forward, outer_gradient, output_size
 
 
 def compiled_product(
@@ -31,6 +23,7 @@ def compiled_product(
     sink: Tensor,
     width: int,
     geometry: Geometry | None,
+    kernel: Kernel,
 ) -> Tensor:
     """The outputs of the groups' rows, [B, groups * G] or [N, groups * G, *space].
 
@@ -42,9 +35,10 @@ def compiled_product(
         sink: The tensor under which collectors file the dense gradient.
         width: Rows R of the weight.
         geometry: How a convolution moves; None for a linear layer.
+        kernel: How it is computed.
     """
     flat = [] if geometry is None else geometry.flat()
-    made: Tensor = _forward(input, values, *index, places, sink, width, flat)
+    made: Tensor = _forward(input, values, *index, places, sink, width, flat, kernel is Kernel.TRITON)
     return made
 
 
@@ -59,10 +53,13 @@ def _forward(
     sink: Tensor,
     width: int,
     geometry: list[int],
+    triton: bool,
 ) -> Tensor:
-    if not geometry:
-        return linear_forward(input, values, columns)
-    return convolution_forward(input, values, columns, Geometry.of(geometry))
+    return forward(input, values, None, columns, Geometry.of(geometry) if geometry else None, _kernel(triton))
+
+
+def _kernel(triton: bool) -> Kernel:
+    return Kernel.TRITON if triton else Kernel.GATHER
 
 
 @_forward.register_fake
@@ -76,6 +73,7 @@ def _fake_forward(
     sink: Tensor,
     width: int,
     geometry: list[int],
+    triton: bool,
 ) -> Tensor:
     if not geometry:
         return input.new_empty(input.shape[0], values.shape[0] * values.shape[1])
@@ -95,6 +93,7 @@ def _backward(
     sink: Tensor,
     width: int,
     geometry: list[int],
+    triton: bool,
 ) -> tuple[Tensor, Tensor]:
     index = (columns, readers, starts)
     gradient = gradient.contiguous()
@@ -105,12 +104,7 @@ def _backward(
         dense = of_rows[:width] if places is None else of_rows.index_select(0, places)
         for collector in collectors:
             collector.add_by_storage(sink, dense.float() if dense.dtype != torch.float64 else dense)
-    needs = (True, True)
-    if shape is None:
-        found = linear_backward(gradient, input, values, index, needs)
-    else:
-        found = convolution_backward(gradient, input, values, index, shape, needs)
-    of_input, of_values = found
+    of_input, of_values = backward(gradient, input, values, index, shape, _kernel(triton), (True, True))
     assert of_input is not None and of_values is not None
     return of_input.contiguous(), of_values.contiguous()
 
@@ -127,20 +121,21 @@ def _fake_backward(
     sink: Tensor,
     width: int,
     geometry: list[int],
+    triton: bool,
 ) -> tuple[Tensor, Tensor]:
     return input.new_empty(input.shape), values.new_empty(values.shape)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*(each for each in inputs[:7] if each is not None))
-    ctx.natural, ctx.width, ctx.geometry = inputs[5] is None, inputs[7], inputs[8]
+    ctx.natural, ctx.rest = inputs[5] is None, inputs[7:]
 
 
 def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     saved = list(ctx.saved_tensors)
     if ctx.natural:
         saved.insert(5, None)
-    return (*_backward(gradient, *saved, ctx.width, ctx.geometry), *(None,) * 7)
+    return (*_backward(gradient, *saved, *ctx.rest), *(None,) * 8)
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)

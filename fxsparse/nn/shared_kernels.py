@@ -7,8 +7,10 @@ differentiated any number of times.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +19,30 @@ from torch import Tensor
 Triple = tuple[Tensor, Tensor, Tensor]
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
+_Result = TypeVar("_Result")
+_Given = ParamSpec("_Given")
+
+
+def constant_in_graphs(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
+    """Compiled graphs take what the function returns while they are made.
+
+    This is `torch.compiler.assume_constant_result`, which imports all of torch._dynamo to set the mark.
+    """
+    function.__dict__["_dynamo_marked_constant"] = True
+    return function
+
+
 PART = 256
 """Rows of a batch that are worked on at a time."""
+
+
+class Kernel(enum.Enum):
+    """How a sparse product is computed."""
+
+    GATHER = "gather"
+    """By a gathered copy of the input and batched products of torch."""
+    TRITON = "triton"
+    """By kernels that gather and multiply in one: linear layers on CUDA, see `fxsparse.nn.shared_triton`."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +76,45 @@ def output_size(space: Sequence[int], geometry: Geometry) -> list[int]:
     """Spatial size of a convolution's output."""
     moves = zip(space, geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, strict=True)
     return [(size + 2 * added - wide * (kernel - 1) - 1) // step + 1 for size, kernel, step, added, wide in moves]
+
+
+def forward(
+    input: Tensor, values: Tensor, bias: Tensor | None, columns: Tensor, geometry: Geometry | None, kernel: Kernel
+) -> Tensor:
+    """The outputs of the groups' rows: [B, groups * G] or [N, groups * G, *space']; a bias needs gradients off."""
+    if kernel is Kernel.TRITON and not _recorded(input, values):
+        from fxsparse.nn import shared_triton
+
+        return shared_triton.linear_forward(input, values, columns, bias)
+    if geometry is None:
+        made = linear_forward(input, values, columns)
+    else:
+        made = convolution_forward(input, values, columns, geometry)
+    return made if bias is None else made.add_(bias.view(-1, *(1,) * (made.ndim - 2)))
+
+
+def backward(
+    gradient: Tensor,
+    input: Tensor,
+    values: Tensor,
+    index: Triple,
+    geometry: Geometry | None,
+    kernel: Kernel,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of input and values."""
+    if kernel is Kernel.TRITON and not _recorded(gradient, input, values):
+        from fxsparse.nn import shared_triton
+
+        return shared_triton.linear_backward(gradient, input, values, index, needs)
+    if geometry is None:
+        return linear_backward(gradient.contiguous(), input, values, index, needs)
+    return convolution_backward(gradient, input, values, index, geometry, needs)
+
+
+def _recorded(*tensors: Tensor) -> bool:
+    """Whether autograd follows what is done with these tensors."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def linear_forward(input: Tensor, values: Tensor, columns: Tensor) -> Tensor:

@@ -43,6 +43,7 @@ def pack_(module: nn.Module) -> None:
     parameter = _parameter(module)
     replace_(parameter, lambda dense: path.pack(module, dense))
     path.packed = True
+    path.forget()
     del module._buffers[MASK]
     module._register_state_dict_hook(_dense_state)  # type: ignore[no-untyped-call]  # untyped in torch
 

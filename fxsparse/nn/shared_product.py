@@ -13,13 +13,7 @@ from jaxtyping import Int32, Int64, Shaped
 from torch import Tensor
 
 from fxsparse.nn.shared_compiled import compiled_product
-from fxsparse.nn.shared_kernels import (
-    Geometry,
-    convolution_backward,
-    convolution_forward,
-    linear_backward,
-    linear_forward,
-)
+from fxsparse.nn.shared_kernels import Geometry, Kernel, backward, forward
 
 
 class Index(NamedTuple):
@@ -222,6 +216,7 @@ def product(
     rows: Rows,
     geometry: Geometry | None,
     sink: Tensor,
+    kernel: Kernel = Kernel.GATHER,
 ) -> Tensor:
     """The outputs of the weight's rows: [B, F] -> [B, R], or [N, F, *space] -> [N, R, *space'].
 
@@ -233,6 +228,7 @@ def product(
         rows: How groups share the rows.
         geometry: How a convolution moves; None for a linear layer.
         sink: The tensor under which collectors file dense gradients; read in compiled code alone.
+        kernel: How it is computed.
     """
     if geometry is not None:
         values = values.reshape(rows.groups * rows.group, -1, *geometry.kernel)
@@ -240,10 +236,10 @@ def product(
     made: Tensor
     if torch.compiler.is_compiling():
         places = None if rows.natural else index.places
-        made = compiled_product(input, values, triple, places, sink, rows.size, geometry)
+        made = compiled_product(input, values, triple, places, sink, rows.size, geometry, kernel)
     else:
         inside = bias if rows.even else None
-        made = _Product.apply(input, values, inside, *triple, geometry)  # type: ignore[no-untyped-call]  # untyped in torch
+        made = _Product.apply(input, values, inside, *triple, geometry, kernel)  # type: ignore[no-untyped-call]  # untyped in torch
         if rows.even:
             return made
     made = in_row_order(made, index, rows, 1)
@@ -263,14 +259,11 @@ class _Product(torch.autograd.Function):
         readers: Tensor,
         starts: Tensor,
         geometry: Geometry | None,
+        kernel: Kernel,
     ) -> Tensor:
         ctx.save_for_backward(input, values, columns, readers, starts)
-        ctx.geometry = geometry
-        if geometry is None:
-            made = linear_forward(input, values, columns)
-        else:
-            made = convolution_forward(input, values, columns, geometry)
-        return made if bias is None else made.add_(bias.view(-1, *(1,) * (made.ndim - 2)))
+        ctx.geometry, ctx.kernel = geometry, kernel
+        return forward(input, values, bias, columns, geometry, kernel)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -279,8 +272,5 @@ class _Product(torch.autograd.Function):
         of_bias = (
             gradient.sum([axis for axis in range(gradient.ndim) if axis != 1]) if ctx.needs_input_grad[2] else None
         )
-        if ctx.geometry is None:
-            found = linear_backward(gradient.contiguous(), input, values, triple, needs)
-        else:
-            found = convolution_backward(gradient, input, values, triple, ctx.geometry, needs)
-        return (*found, of_bias, None, None, None, None)
+        found = backward(gradient, input, values, triple, ctx.geometry, ctx.kernel, needs)
+        return (*found, of_bias, *(None,) * 5)

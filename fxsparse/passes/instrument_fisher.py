@@ -20,12 +20,13 @@ CONTAINER = "fisher_statistics"
 
 @dataclass(frozen=True)
 class Tap:
-    """One tap, for up to two parameters of one layer.
+    """One tap, for the parameters of one layer.
 
     Attributes:
         graph: path of the graph.
         node: name of the node that is tapped.
-        parameters: first names of the weight and of the bias whose statistics are taken; None for none.
+        parameters: first names of those whose statistics are taken: the weight and the bias, None for none; any
+            number of them with `runner`.
         sizes: lengths of the statistics.
         function: behind the node, called as ``function(y, x, statistics, mask, *arguments)`` with the node's output y
             and first input x; instead of the node as ``function(x, weight, bias, statistics, mask, *arguments)``. It
@@ -34,16 +35,18 @@ class Tap:
         arguments: constants.
         instead: whether the function takes the node's place: a call of a module that holds `weight` and `bias`, or a
             function of x, weight and bias.
+        runner: makes, of the called module and the statistics, the module that is called instead; no `function` then.
     """
 
     graph: str
     node: str
-    parameters: tuple[str | None, str | None]
-    sizes: tuple[int, int]
-    function: Callable[..., Tensor]
+    parameters: tuple[str | None, ...]
+    sizes: tuple[int, ...]
+    function: Callable[..., Tensor] | None
     mask: str | None = None
     arguments: tuple[Any, ...] = ()
     instead: bool = False
+    runner: Callable[[nn.Module, Sequence[nn.Parameter]], nn.Module] | None = None
 
     @property
     def source(self) -> str:
@@ -58,6 +61,7 @@ class InstrumentFisher(Pass):
        the tapped weight, at least float32.
     2. Behind a node: reads of the statistics and of the mask, then the tap; all readers of the node read the tap.
     3. In a node's place: reads of weight, bias, statistics and mask; the node itself calls the tap.
+    4. With a runner: the node calls the runner, a submodule of `fisher_statistics`, with the arguments that it had.
 
     Args:
         taps: what to insert.
@@ -105,12 +109,16 @@ class InstrumentFisher(Pass):
         def read(target: str, what: str) -> fx.Node:
             return edit.insert_get_attr(module, target, what=what, pass_name=self.name, source=tap.source, **place)
 
+        if tap.runner is not None:
+            _call_runner(module, holder, tap, node, weight)
+            return
         if tap.instead:
             self._take_place(module, holder, tap, node, read, weight)
             return
         x = _first_input(node)
         statistics = _read_statistics(holder, tap, weight, read)
         mask = None if tap.mask is None else read(tap.mask, "reads the mask")
+        assert tap.function is not None
         tapped = edit.insert_call(
             module.graph,
             tap.function,
@@ -143,6 +151,7 @@ class InstrumentFisher(Pass):
             operands += [None] * (3 - len(operands))
         statistics = _read_statistics(holder, tap, weight, read)
         mask = None if tap.mask is None else read(tap.mask, "reads the mask")
+        assert tap.function is not None
         node.op = "call_function"
         node.target = tap.function
         node.args, node.kwargs = (*operands, statistics, mask, *tap.arguments), {}
@@ -150,9 +159,15 @@ class InstrumentFisher(Pass):
 
 def _read_statistics(
     holder: _Statistics, tap: Tap, weight: Tensor, read: Callable[[str, str], fx.Node]
-) -> tuple[fx.Node | None, fx.Node | None]:
+) -> tuple[fx.Node | None, ...]:
     """Statistics of zeros, registered, and the nodes that read them."""
-    found: list[fx.Node | None] = []
+    names = _register(holder, tap, weight)
+    return tuple(None if name is None else read(f"{CONTAINER}.{name}", "reads the statistic") for name in names)
+
+
+def _register(holder: _Statistics, tap: Tap, weight: Tensor) -> list[str | None]:
+    """Statistics of zeros in the holder, by their names there."""
+    found: list[str | None] = []
     wide = torch.promote_types(weight.dtype, torch.float32)
     for parameter, size in zip(tap.parameters, tap.sizes, strict=True):
         if parameter is None:
@@ -161,8 +176,18 @@ def _read_statistics(
         name = f"t{len(holder._parameters)}"
         holder.register_parameter(name, nn.Parameter(torch.zeros(size, dtype=wide, device=weight.device)))
         holder.parameter_names[name] = parameter
-        found.append(read(f"{CONTAINER}.{name}", "reads the statistic"))
-    return found[0], found[1]
+        found.append(name)
+    return found
+
+
+def _call_runner(module: fx.GraphModule, holder: _Statistics, tap: Tap, node: fx.Node, weight: Tensor) -> None:
+    assert tap.runner is not None
+    names = _register(holder, tap, weight)
+    statistics = [holder.get_parameter(name) for name in names if name is not None]
+    own = f"runner{len(holder._modules)}"
+    holder.add_module(own, tap.runner(module.get_submodule(str(node.target)), statistics))
+    holder.replaced[node.name] = _Call(node.op, node.target, None, ())
+    node.target = f"{CONTAINER}.{own}"
 
 
 class RemoveFisher(Pass):
@@ -200,14 +225,17 @@ class RemoveFisher(Pass):
 
 @dataclass(frozen=True)
 class _Call:
-    """What a node called before a tap took its place."""
+    """What a node called before a tap took its place, and with how many arguments; None where it has them still."""
 
     op: str
     target: Any
-    args: int
+    args: int | None
     kwargs: tuple[str, ...]
 
     def restore(self, node: fx.Node) -> None:
+        if self.args is None:
+            node.op, node.target = self.op, self.target
+            return
         operands = node.args[: self.args + len(self.kwargs)]
         node.op, node.target = self.op, self.target
         node.args = operands[: self.args]

@@ -31,9 +31,12 @@ class Rewriter:
         module: An exported module, functional, with the sizes of its values.
         lowered: What its sites become; those that are missing stay.
         constants: Values of the nodes that depend on parameters only.
+        inside: Whether a bias may become a column of its weight.
     """
 
-    def __init__(self, module: fx.GraphModule, lowered: Sequence[Lowered], constants: Constants) -> None:
+    def __init__(
+        self, module: fx.GraphModule, lowered: Sequence[Lowered], constants: Constants, inside: bool = True
+    ) -> None:
         self.module = module
         self.scribe = Scribe(module)
         self.values = Values(self.scribe)
@@ -41,7 +44,7 @@ class Rewriter:
         self.lowered = {each.site.node: each for each in lowered}
         self.parts: dict[fx.Node, Callable[[int], Value]] = {}
         self.wishes: Mapping[fx.Node, AxisOrder] = {}
-        self.emitter = Emitter(self.values)
+        self.emitter = Emitter(self.values, inside)
         self.refused: list[str] = []
 
     def run(self) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx, nn
@@ -34,6 +34,7 @@ class Subject:
         constants: The values of that module that depend on parameters only.
         weights: What products read.
         notes: What was found on the way.
+        inside: Whether a bias may become a column of its weight.
     """
 
     folded: nn.Module
@@ -45,6 +46,7 @@ class Subject:
     constants: Constants | None
     weights: Sequence[Weight]
     notes: tuple[str, ...] = ()
+    inside: bool = True
 
     @staticmethod
     def of(model: nn.Module, example_inputs: Any, free: Free | None) -> Subject:
@@ -86,7 +88,7 @@ class Subject:
             return replaced(self.folded, list(forms), self.masks)
         chosen = [weight for weight in self.weights if weight.layer.name in forms]
         lowered = [each for weight in chosen for each in weight.lowered(forms[weight.layer.name])]
-        rewriter = Rewriter(self.module, lowered, self.constants)
+        rewriter = Rewriter(self.module, lowered, self.constants, self.inside)
         module = rewriter.run().eval()
         if rewriter.refused:
             raise PassError(f"the input of {rewriter.refused[0]} cannot be brought into the order that it needs")
@@ -94,7 +96,8 @@ class Subject:
 
     def again(self) -> Subject:
         """The same, not yet rewritten."""
-        return Subject._exported(self.folded, self.args, self.kwargs, self.free, self.masks)
+        found = Subject._exported(self.folded, self.args, self.kwargs, self.free, self.masks)
+        return replace(found, inside=self.inside)
 
 
 def folded_copy(model: nn.Module) -> nn.Module:

@@ -13,7 +13,8 @@ from torch import nn
 from fxsparse.errors import ConfigError, PassError
 from fxsparse.graph.channels import Channels
 from fxsparse.graph.channels_groups import ChannelGroup
-from fxsparse.passes.compact_channels import analysed, compact_channels
+from fxsparse.passes.compact_again import state_of
+from fxsparse.passes.compact_channels import Compacted, analysed, compact_channels
 from fxsparse.passes.compact_verify import owned_copy
 from fxsparse.planning.compaction import captured_form, check_compactable, folded_form
 from fxsparse.planning.prune_budgets import Budget
@@ -28,7 +29,7 @@ from fxsparse.planning.prune_groups import (
     removed_indices,
     zero_,
 )
-from fxsparse.planning.prune_plan import ChannelPlan, PlannedGroup, left_whole
+from fxsparse.planning.prune_plan import ChannelPlan, PlannedGroup, Trial, left_whole
 from fxsparse.planning.prune_saliency import ChannelMagnitude, ChannelSaliency, as_channel_saliency, scored
 from fxsparse.planning.select import Selector
 
@@ -156,9 +157,10 @@ class _Planner:
             self.budget.check(costs)
             choice = Choice(free, costs)
             plan = self._planned(free, choice.search(self.budget), choice, costs, told)
-            refused = self._refused(plan)
+            found = self._tried(plan)
+            refused = {} if found is None else _refused(plan, found)
             if not refused:
-                return plan
+                return plan if found is None else self._with_trial(plan, found)
             knots.ban(refused)
         raise PassError("prune_channels: the model cannot lose what was chosen, however often; please report this")
 
@@ -187,23 +189,35 @@ class _Planner:
             specialize=self.specialize,
         )
 
-    def _refused(self, plan: ChannelPlan) -> dict[int, str]:
-        """Groups that cannot lose their channels, with reasons."""
+    def _tried(self, plan: ChannelPlan) -> Compacted | None:
+        """The plan carried out on a copy; None where nothing goes."""
         if not plan.removed:
-            return {}
+            return None
         masked = owned_copy(self.source)
         zero_(masked, plan.removed, plan.spared)
-        found = compact_channels(masked, folded_form(masked), self.example_inputs, plan.removed, self.channels)
-        left = set(left_whole(found, plan.removed))
-        refused: dict[int, str] = {}
-        for group in plan.groups if left else ():
-            if group.removed and left & set(group.places):
-                told = (
-                    each.reason for each in found.refused if not each.places or set(each.places) & set(group.places)
-                )
-                missed = next((r for place in group.places if (r := found.solution.missed.get(place))), "")
-                refused[group.id] = next(told, missed or "something needs its channels though they are zero")
-        return refused
+        return compact_channels(masked, folded_form(masked), self.example_inputs, plan.removed, self.channels)
+
+    def _with_trial(self, plan: ChannelPlan, found: Compacted) -> ChannelPlan:
+        state = state_of(self.model, self.example_inputs)
+        if state is None or found.channels is None:
+            return plan
+        solution = found.solution
+        folding = [each for each in solution.sinks if each.fold is not None and each.fold.name in solution.folds]
+        solution = dataclasses.replace(solution, sinks=folding)  # the report reads no others, and they are large
+        kept = dataclasses.replace(found, module=nn.Identity(), solution=solution)
+        return dataclasses.replace(plan, trial=Trial(state, kept))
+
+
+def _refused(plan: ChannelPlan, found: Compacted) -> dict[int, str]:
+    """Groups that cannot lose their channels, with reasons."""
+    left = set(left_whole(found, plan.removed))
+    refused: dict[int, str] = {}
+    for group in plan.groups if left else ():
+        if group.removed and left & set(group.places):
+            told = (each.reason for each in found.refused if not each.places or set(each.places) & set(group.places))
+            missed = next((r for place in group.places if (r := found.solution.missed.get(place))), "")
+            refused[group.id] = next(told, missed or "something needs its channels though they are zero")
+    return refused
 
 
 def _planned_group(group: ChannelGroup, numbers: Sequence[int], scores: Floats) -> PlannedGroup:

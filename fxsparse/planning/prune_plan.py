@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fxsparse.errors import PassError
+from fxsparse.passes.compact_again import again, state_of
 from fxsparse.passes.compact_channels import Compacted, compact_channels
 from fxsparse.passes.compact_solve import Place
 from fxsparse.passes.compact_verify import owned_copy
@@ -55,6 +56,19 @@ class PlannedGroup:
 
 
 @dataclass(frozen=True, eq=False)
+class Trial:
+    """A plan carried out on a copy and found to be exact.
+
+    Attributes:
+        state: of the model and its inputs then, as `state_of` tells it.
+        found: what was removed, without the module.
+    """
+
+    state: str
+    found: Compacted = field(repr=False)
+
+
+@dataclass(frozen=True, eq=False)
 class ChannelPlan:
     """Which channels of a model go, decided but not done; `str()` of it is a table.
 
@@ -71,6 +85,7 @@ class ChannelPlan:
         spared: of `removed`, directions of normalised weights, which go but cannot become zero.
         specialize: whether the model became a graph for inputs like the example's only.
         norms: whether features of layer norms were free to go, because the rest could not meet the budget.
+        trial: what the plan was found to do to the model; None where nothing goes.
     """
 
     groups: tuple[PlannedGroup, ...]
@@ -85,6 +100,7 @@ class ChannelPlan:
     spared: frozenset[Place] = frozenset()
     specialize: bool = False
     norms: bool = False
+    trial: Trial | None = field(default=None, repr=False)
 
     def masked(self) -> nn.Module:
         """A copy of the model in which everything that goes with the planned channels is zero, at the old sizes.
@@ -103,6 +119,8 @@ class ChannelPlan:
     ) -> nn.Module:
         """Take the channels out, with the values that the model has now; the model stays as it is.
 
+        What the plan was shown to do is not shown anew where the model and the inputs are as they were then.
+
         Args:
             optimizer: any torch.optim optimizer of the model's parameters; it is moved to the result as by `compact`.
             followers: averages of the model, which lose the same channels, as by `compact`.
@@ -119,8 +137,13 @@ class ChannelPlan:
         """
         check_compactable(self.model)
         moves = Moves(self.model, self.example_inputs, optimizer, followers, self.specialize)
+        trial = self.trial
+        same = trial is not None and trial.state == state_of(self.model, self.example_inputs)
         masked = self.masked()
-        found = compact_channels(masked, folded_form(masked), self.example_inputs, only=self.removed)
+        if same and trial is not None:
+            found = again(masked, trial.found)
+        else:
+            found = compact_channels(masked, folded_form(masked), self.example_inputs, only=self.removed)
         left = left_whole(found, self.removed)
         if left:
             name, dim = left[0]

@@ -41,6 +41,7 @@ from fxsparse.training.resu_subset import CyclicDead as CyclicDead
 from fxsparse.training.resu_subset import RandomDead as RandomDead
 from fxsparse.training.resu_subset import Subset as Subset
 from fxsparse.training.resu_subset import TopGradient as TopGradient
+from fxsparse.training.resu_subset import TopSaliency as TopSaliency
 from fxsparse.training.resu_theta import Selective as Selective
 from fxsparse.training.resu_theta import ThetaAdamW as ThetaAdamW
 from fxsparse.training.resu_theta import ThetaMomentum as ThetaMomentum

@@ -59,7 +59,7 @@ def attach(
     optimizer = inner_optimizer(optimizer)
     check_optimizer(optimizer)
     weights = masked_weights(unwrap(model))
-    check_sharding(model, weights, method)
+    check_sharding(model, weights, method, total_steps)
     if not weights:
         raise ConfigError(f"`model` (={type(model).__name__}) has no masks; call fxsparse.transform on it first")
     _check_free(optimizer, weights)

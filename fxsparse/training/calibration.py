@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float64
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -17,12 +18,13 @@ from fxsparse.errors import ConfigError
 from fxsparse.nn import MaskedWeight
 from fxsparse.sparsity.saliency import Saliency
 from fxsparse.training.batches import call, samples_of
-from fxsparse.training.distributed import average, process_group, unwrap
+from fxsparse.training.distributed import process_group, summed, unwrap
 from fxsparse.training.flow import Flow
 from fxsparse.training.input_norms import InputNorms
 from fxsparse.training.scopes import training_mode
 from fxsparse.training.state import WeightState
 
+_NO_BATCHES = "`batches` (=none) must hold at least one batch of calibration data"
 Loss = Callable[[Any, Any], Tensor]
 Gradients = dict[str, Float64[Tensor, "*shape"]]
 
@@ -65,17 +67,17 @@ class Calibration:
         self._scope.close()
 
     def gradients(self, temperature: float = 1.0) -> Gradients:
-        """The mean gradient over all samples (and ranks) of every weight, dead entries 0; outputs over `temperature`.
+        """The mean gradient over all samples of all ranks of every weight, dead entries 0; outputs over `temperature`.
 
         Raises:
-            ConfigError: no loss, no batches, or batches without targets.
+            ConfigError: no loss, no batches on any rank, or batches without targets.
         """
         sums, samples = self._zeros(), 0
         for outputs, targets, count in self._passed():
             for name, gradient in self._derived(self._loss(outputs, targets, temperature)).items():
                 sums[name] += count * gradient.double()
             samples += count
-        return self._averaged({name: total / samples for name, total in sums.items()})
+        return self._mean(sums, samples)
 
     def curvature_product(self, direction: Gradients, temperature: float = 1.0) -> Gradients:
         """H v over all samples: H the Hessian of the mean loss with respect to all weights together.
@@ -92,7 +94,7 @@ class Calibration:
                     for name, product in self._derived(along).items():
                         sums[name] += count * product.double()
                 samples += count
-        return self._averaged({name: total / samples for name, total in sums.items()})
+        return self._mean(sums, samples)
 
     def input_norms(self) -> Gradients:
         """The norm of the input that each element multiplies, over all samples and positions.
@@ -100,11 +102,17 @@ class Calibration:
         Raises:
             ConfigError: no batches, or a weight whose inputs are not known.
         """
-        collector = InputNorms(self.weights)
+        collector, samples = InputNorms(self.weights), 0
         with torch.no_grad():
-            for _ in self._passed(collector):
-                pass
-        return collector.norms()
+            for _, _, count in self._passed(collector):
+                samples += count
+        self._samples(samples)
+        norms = collector.norms() if samples else self._zeros()
+        if self._group is None:
+            return norms
+        sums = {name: each[0] for name, each in collector.state_dict().items()} if samples else norms
+        total = summed({name: sums[name].flatten() for name in norms}, self._group)
+        return {name: total[name].reshape(norms[name].shape).sqrt() for name in norms}
 
     def given(self, states: Sequence[WeightState], saliency: Saliency) -> list[WeightState]:
         """The states with what a saliency reads: mean gradients, input norms.
@@ -124,18 +132,17 @@ class Calibration:
         """The network of absolute parameters, for inputs of ones in the form of the first batch.
 
         Raises:
-            ConfigError: no batches, or inputs that cannot be ones.
+            ConfigError: no batches on some rank, or inputs that cannot be ones.
         """
-        return Flow(self.model, next(self._inputs())[0])
+        first = next(self._inputs(), None)
+        if self._sum(int(first is None)) or first is None:
+            raise ConfigError(f"{_NO_BATCHES} on every rank: its form is read")
+        return Flow(self.model, first[0])
 
     def _inputs(self) -> Iterator[tuple[Any, Any]]:
-        found = False
         for batch in self.batches:
-            found = True
             pair = isinstance(batch, tuple | list)
             yield (batch[0], batch[1] if len(batch) > 1 else None) if pair else (batch, None)
-        if not found:
-            raise ConfigError("`batches` (=none) must hold at least one batch of calibration data")
 
     def _passed(self, within: InputNorms | None = None) -> Iterator[tuple[Any, Any, int]]:
         for inputs, targets in self._inputs():
@@ -164,9 +171,25 @@ class Calibration:
     def _zeros(self) -> Gradients:
         return {name: torch.zeros_like(w.weight, dtype=torch.float64) for name, w in self.weights.items()}
 
-    def _averaged(self, means: Gradients) -> Gradients:
-        shared = average(means, means, process_group(self.wrapped))
-        return {name: each for name, each in shared.items() if each is not None}
+    @functools.cached_property
+    def _group(self) -> dist.ProcessGroup | None:
+        return process_group(self.wrapped)
+
+    def _mean(self, sums: Gradients, samples: int) -> Gradients:
+        """The mean over the samples of all ranks, of which each may have another number."""
+        every = self._samples(samples)
+        return {name: total / every for name, total in summed(sums, self._group).items()}
+
+    def _samples(self, own: int) -> int:
+        """The number of samples on all ranks."""
+        every = self._sum(own)
+        if not every:
+            raise ConfigError(_NO_BATCHES)
+        return every
+
+    def _sum(self, own: int) -> int:
+        device = next(iter(self.weights.values())).weight.device
+        return int(summed({"": torch.tensor(own, device=device)}, self._group)[""])
 
 
 @contextlib.contextmanager

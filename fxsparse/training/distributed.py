@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from collections.abc import Mapping
 
 import torch
@@ -40,23 +42,32 @@ def check_not_sharded(model: nn.Module) -> None:
             raise ConfigError(f"`{name}` (=DTensor) is sharded; masks need whole weights: use DDP")
 
 
-def check_sharding(model: nn.Module, weights: Mapping[str, MaskedWeight], method: Method) -> None:
-    """Raise ConfigError for a sharded model that the method cannot train; `fully_shard` is fine for most."""
+def check_sharding(
+    model: nn.Module, weights: Mapping[str, MaskedWeight], method: Method, total_steps: int | None = None
+) -> None:
+    """Raise ConfigError for ranks that do not train one model alike, or sharded weights that cannot be trained."""
+    check_same_model(weights, method, total_steps, process_group(model))
+    reshard(model)
     sharded = [name for name, weight in weights.items() if is_sharded(weight.weight)]
     if not sharded:
         check_not_sharded(model)
         return
     kind = type(method).__name__
     if method.needs_whole_weights:
-        raise ConfigError(f"`{sharded[0]}` (=DTensor) is sharded; {kind} trains dead positions in place: use DDP")
+        raise ConfigError(f"`{sharded[0]}` (=DTensor) is sharded; {kind} needs whole weights: use DDP")
     for name in sharded:
-        if not weights[name].spec.hides_gradient:
-            raise ConfigError(
-                f"`{name}` (=DTensor) is sharded, and its gradient is masked at the parameter, where dead entries are "
-                "lost before ranks reduce it: use DDP, or exclude the weight from the masks"
-            )
         if weights[name].packed:
             raise ConfigError(f"`{name}` is stored alive only and sharded; call restore_dense before fully_shard")
+
+
+def reshard(model: nn.Module) -> None:
+    """Spread what a forward pass without a backward pass left whole of a `fully_shard` model."""
+    loaded = sys.modules.get("torch.distributed.fsdp")
+    if loaded is None:
+        return
+    for module in unwrap(model).modules():
+        if isinstance(module, loaded.FSDPModule):
+            module.reshard()
 
 
 def process_group(model: nn.Module) -> dist.ProcessGroup | None:
@@ -65,6 +76,19 @@ def process_group(model: nn.Module) -> dist.ProcessGroup | None:
         return None
     group = next((m.process_group for m in model.modules() if isinstance(m, DistributedDataParallel)), dist.group.WORLD)
     return group if group is not None and dist.get_world_size(group) > 1 else None
+
+
+@torch.no_grad()
+def summed(tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> dict[str, Tensor]:
+    """The sums over ranks, in new tensors; equal bits on every rank.
+
+    Raises:
+        RuntimeError: the ranks cannot talk to each other.
+    """
+    found = {name: each.clone() for name, each in tensors.items()}
+    for each in found.values() if group is not None else ():
+        dist.all_reduce(each, group=group)
+    return found
 
 
 @torch.no_grad()
@@ -96,14 +120,49 @@ def masks_digest(masks: Mapping[str, Bool[Tensor, "*shape"]]) -> int:
     return int.from_bytes(bytes.fromhex(digest[:16]), "little", signed=True)
 
 
+def check_same_model(
+    weights: Mapping[str, MaskedWeight], method: Method, total_steps: int | None, group: dist.ProcessGroup | None
+) -> None:
+    """Raise ConfigError, on every rank, where ranks have other masked weights, another method or another length."""
+    if group is None:
+        return
+    described = [(w.name, tuple(w.shape), str(w.weight.dtype), repr(w.spec.pattern)) for w in weights.values()]
+    length = -1 if total_steps is None else total_steps
+    device = next((w.weight.device for w in weights.values()), torch.device("cpu"))
+    own = torch.tensor([_hashed(described), _hashed(method), length], dtype=torch.int64, device=device)
+    every = [each.tolist() for each in _gathered(own, group)]
+    model_differs, method_differs, length_differs = (len(set(values)) > 1 for values in zip(*every, strict=True))
+    if model_differs:
+        raise ConfigError(
+            f"`model` has other masked weights on other ranks (here {len(described)}: names, shapes, types and "
+            "patterns must agree); build and transform the same model on every rank"
+        )
+    if method_differs:
+        raise ConfigError(f"`method` (={method!r}) is another one on other ranks; give every rank the same")
+    if length_differs:
+        lengths = [None if values[2] < 0 else values[2] for values in every]
+        raise ConfigError(
+            f"`total_steps` (={total_steps}) differs between ranks (={lengths}), as where ranks have different amounts "
+            "of data; take as many steps on every rank, as DistributedSampler gives"
+        )
+
+
+def _hashed(value: object) -> int:
+    return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:8], "little", signed=True)
+
+
+def _gathered(own: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    every = [torch.zeros_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(every, own, group=group)
+    return every
+
+
 def check_equal_masks(masks: Mapping[str, Tensor], step: int, group: dist.ProcessGroup | None) -> None:
     """Raise DataError, on every rank, where the masks of the ranks differ."""
     if group is None:
         return
     own = torch.tensor([masks_digest(masks)], dtype=torch.int64, device=next(iter(masks.values())).device)
-    every = [torch.zeros_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(every, own, group=group)
-    digests = [f"{int(each) & (2**64 - 1):016x}" for each in every]
+    digests = [f"{int(each) & (2**64 - 1):016x}" for each in _gathered(own, group)]
     if len(set(digests)) > 1:
         raise DataError(
             f"masks differ between ranks after step {step} (hashes {', '.join(digests)}); start all ranks from the "

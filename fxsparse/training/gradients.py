@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fxsparse.nn import DenseGradients, MaskedWeight
-from fxsparse.nn.sharded import is_sharded, part, rebuilt
+from fxsparse.nn.sharded import is_sharded, part, part_like, rebuilt
 
 
 class GradientWindow:
@@ -36,6 +37,14 @@ class GradientWindow:
         """Stop watching and forget the sums."""
         for tap in self._taps.values():
             tap.close()
+
+    def gate(self, kept: Mapping[str, Callable[[], Tensor]]) -> None:
+        """Expect of sharded weights that `.grad` is zeroed outside of `kept` each time, once the window has seen it.
+
+        Such a weight hides nothing from its gradient: a resurrection phase opened its mask.
+        """
+        for name, each in kept.items():
+            self._taps[name].gate(each)
 
     def read(self) -> dict[str, Float[Tensor, "*shape"] | None]:
         """The sum of each weight; None where no gradient arrived."""
@@ -81,6 +90,10 @@ class _Tap:
         self._hooks, self._hidden, self.total, self._arrived, self._settled = [], None, None, None, None
         self._shards = None
 
+    def gate(self, kept: Callable[[], Tensor]) -> None:
+        if self._shards is not None:
+            self._shards.kept = kept
+
     def read(self) -> Tensor | None:
         """The sum; of a sharded weight this rank's own, of which the mean over ranks is G."""
         return self.total if self._shards is None else self._shards.total()
@@ -116,8 +129,11 @@ class _Tap:
 class Shards:
     """G of a weight that `fully_shard` spread: its gradient arrives reduced and cut, what the mask hid arrives here.
 
-    Args:
-        weight: The weight; its readers hide the gradient of dead entries.
+    Where the mask hides nothing (the gradient is masked at the parameter, or a resurrection phase opened the mask) all
+    of it arrives reduced, and is seen here before the rest is zeroed.
+
+    Attributes:
+        kept: What then stays of `.grad` after each reduced backward pass.
     """
 
     def __init__(self, weight: MaskedWeight) -> None:
@@ -127,6 +143,8 @@ class Shards:
         self._held: Tensor | None = None  # `.grad` here, as the last reduced backward pass left it
         self._seen: Tensor | None = None
         self._cleared = False
+        self.kept: Callable[[], Tensor] | None = None if weight.spec.hides_gradient else lambda: weight.mask
+        self._gone: Tensor | None = None  # the sum of what was zeroed here
 
     def watch(self) -> list[RemovableHandle]:
         """Hooks before each forward pass of the weight's module and after each reduced backward pass."""
@@ -139,6 +157,8 @@ class Shards:
                 look()
 
         settle = parameter.register_post_accumulate_grad_hook(weakly(self.settle))  # type: ignore[no-untyped-call]  # torch
+        hooks: Any = parameter._post_accumulate_grad_hooks
+        hooks.move_to_end(settle.id, last=False)  # before any that masks
         return [settle, owner.register_forward_pre_hook(before)]
 
     @torch.no_grad()
@@ -161,11 +181,18 @@ class Shards:
         self._lost = before if hidden is None else hidden.clone() if before is None else before + hidden
         self.hidden.clear()
         self._held, self._seen, self._cleared = part(parameter.grad).clone(), parameter.grad, False
+        if self.kept is not None:
+            stays = part_like(self.kept(), parameter)
+            gone = torch.where(stays, 0.0, self._held)
+            self._gone = gone if anew or self._gone is None else self._gone + gone
+            self._held = torch.where(stays, self._held, 0.0)
 
     def total(self) -> Tensor | None:
         """This rank's summand; all ranks ask for it."""
         if self._held is None:
             return None
+        if self._gone is not None:
+            return rebuilt(self._held + self._gone, self._parameter)
         reduced = rebuilt(self._held, self._parameter)
         lost = torch.zeros_like(reduced) if self._lost is None else self._lost.to(reduced.dtype)
         return torch.where(self.weight.mask, reduced, lost)

@@ -22,7 +22,8 @@ from fxsparse.sparsity.shared_support import SupportUnits
 from fxsparse.sparsity.top_k import segment_top_k
 from fxsparse.sparsity.units import Pooling
 from fxsparse.training.calibration import Calibration, Loss
-from fxsparse.training.distributed import check_equal_masks, check_not_sharded, process_group, unwrap
+from fxsparse.training.distributed import check_equal_masks, check_same_model, process_group, unwrap
+from fxsparse.training.gathered import Gathered
 from fxsparse.training.initial import pattern_of, start_from
 from fxsparse.training.regroup import new_row_order
 from fxsparse.training.state import WeightState
@@ -123,7 +124,8 @@ def prune(
     """Set a model's masks once, by scores from data; train on with any method, such as `Static(initial=Initial.KEEP)`.
 
     Gradients, other parameters, buffers, train/eval flags, `requires_grad` and random state are as before afterwards;
-    dead weights are zero.
+    dead weights are zero. Where processes run together, all of them prune this model, each on its own batches: scores
+    are of all samples of all ranks. What `fully_shard` spread is whole on every rank while it is scored.
 
     Args:
         model: A model with masks, as `fxsparse.transform` returns it.
@@ -136,7 +138,8 @@ def prune(
         The new masks by parameter name.
 
     Raises:
-        ConfigError: no masks, or data, pattern or sparsity that the method or a weight excludes. Nothing has changed.
+        ConfigError: no masks, data, pattern or sparsity that the method or a weight excludes, or ranks with different
+            models or methods. Nothing has changed.
         DataError: scores are not finite, or the masks differ between ranks. Nothing has changed.
 
     >>> from fxsparse.nn import Linear
@@ -147,30 +150,32 @@ def prune(
     """
     if not isinstance(method, Pruning):
         raise ConfigError(f"`method` (={method!r}) must be SNIP, GraSP, SynFlow or OneShot; others are for attach")
-    check_not_sharded(model)
-    weights = masked_weights(unwrap(model))
+    inner = unwrap(model)
+    gathered, weights, group = Gathered.of(inner), masked_weights(inner), process_group(model)
     if not weights:
         raise ConfigError(f"`model` (={type(model).__name__}) has no masks; call fxsparse.transform on it first")
+    check_same_model(weights, method, None, group)
     patterns = {name: pattern_of(method, masked) for name, masked in weights.items()}
-    states = [
-        WeightState(
-            name=name,
-            index=index,
-            step=0,
-            update=0,
-            seed=method.seed,
-            weight=masked.weight.detach(),
-            mask=masked.mask,
-            pattern=patterns[name],
-            layout=masked.spec.layout,
-            row_order=masked.row_order,
-            last=index == len(weights) - 1,
-        )
-        for index, (name, masked) in enumerate(weights.items())
-    ]
-    with Calibration(model, weights, batches, loss, train=method.train) as calibration:
-        found = method.masks(calibration, states)
+    with gathered.whole():
+        states = [
+            WeightState(
+                name=name,
+                index=index,
+                step=0,
+                update=0,
+                seed=method.seed,
+                weight=masked.weight.detach(),
+                mask=masked.mask,
+                pattern=patterns[name],
+                layout=masked.spec.layout,
+                row_order=masked.row_order,
+                last=index == len(weights) - 1,
+            )
+            for index, (name, masked) in enumerate(weights.items())
+        ]
+        with Calibration(model, weights, batches, loss, train=method.train) as calibration:
+            found = method.masks(calibration, states)
     masks = {name: mask for name, (mask, _) in found.items()}
-    check_equal_masks(masks, 0, process_group(model))
+    check_equal_masks(masks, 0, group)
     start_from(weights, masks, patterns, {name: order for name, (_, order) in found.items()})
     return masks

@@ -222,11 +222,6 @@ class RESU(Method):
 
         return ResuHandle(model, optimizer, self, total_steps)
 
-    @property
-    def needs_whole_weights(self) -> bool:
-        """Theta stands in the weights."""
-        return True
-
     def install(self, weight: MaskedWeight) -> None:
         """The companions of the mask in a resurrection phase."""
         Resurrection(weight)

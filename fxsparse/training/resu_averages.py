@@ -20,7 +20,7 @@ class Averages:
     def hold(self, followers: Sequence[nn.Module]) -> None:
         """Remember the weights of all copies."""
         self._held = [
-            {name: copy.weight.detach().clone() for name, copy in masked_weights(unwrap(follower)).items()}
+            {n: copy.dense(copy.weight.detach()).clone() for n, copy in masked_weights(unwrap(follower)).items()}
             for follower in followers
         ]
 
@@ -48,7 +48,8 @@ class Averages:
                 if unit.mode is Mode.RESU:
                     unit.discard()
                 if name in before and index < len(self._held):
-                    copy.weight.copy_(torch.where(before[name], self._held[index][name], weights[name].weight))
+                    values = weights[name].dense(weights[name].weight.detach())
+                    copy.write_(torch.where(before[name], self._held[index][name], values))
 
     def state_dict(self) -> list[dict[str, Tensor]]:
         """What is held."""

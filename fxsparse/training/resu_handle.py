@@ -16,9 +16,10 @@ from torch.optim import LBFGS, Adagrad, Optimizer
 from fxsparse.errors import ConfigError, DataError
 from fxsparse.nn import Mode, Resurrection, ThetaInit, masked_weights
 from fxsparse.nn.resu import theta_start
+from fxsparse.nn.sharded import fill_zeros_
 from fxsparse.sparsity import generator
 from fxsparse.sparsity.mask import Mask
-from fxsparse.training.distributed import masks_digest, unwrap
+from fxsparse.training.distributed import masks_digest, process_group, unwrap
 from fxsparse.training.handle import Handle
 from fxsparse.training.optimizer_state import reset_state_, zero_state_
 from fxsparse.training.records import UpdateRecord
@@ -135,7 +136,7 @@ class ResuHandle(Handle):
         self._revived = {name: each.to(device[name], copy=True) for name, each in state_dict["revived"].items()}
         self._resurrections = [ResuRecord(*record) for record in state_dict["resurrections"]]
         self._averages.load_state_dict(state_dict["averages"])
-        self._inputs.load_state_dict(state_dict["inputs"])
+        self._inputs.load_state_dict(state_dict["inputs"], process_group(self.model))
         self._follow_buffers()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -147,7 +148,7 @@ class ResuHandle(Handle):
         inputs, theta = state.pop("inputs"), state.pop("theta")
         self._steps = ThetaSteps(state["method"], state["optimizer"], {})
         super().__setstate__(state)
-        self._inputs.load_state_dict(inputs)
+        self._inputs.load_state_dict(inputs, process_group(self.model))
         self._steps.load_state_dict(theta)
 
     def _clear(self) -> None:
@@ -165,9 +166,12 @@ class ResuHandle(Handle):
 
     def _watch(self) -> None:
         self._gate.close()
-        if self.attached and self.phase is Phase.RESU:
+        resurrecting = self.attached and self.phase is Phase.RESU
+        if resurrecting:
             self._gate.open(self.method.freeze_active)
-        super()._watch()  # its hooks must run after the gate's
+        super()._watch()  # its hooks must run after the gate's, but for gradients that arrive reduced
+        if resurrecting:
+            self._gate.open_sharded(self.method.freeze_active, self._window)
         self._inputs.close()
         if self.attached and self.method.reads_inputs(self.step + 1):
             self._inputs.open()
@@ -186,7 +190,15 @@ class ResuHandle(Handle):
                 raise DataError(
                     "the loaded handle is in a RESU phase and the model is not; load its state_dict as well"
                 )
+            self._forget_frozen()
         super()._check_loaded()
+
+    def _forget_frozen(self) -> None:
+        """Drop what a loader that wants a state for every parameter made up where the saved optimizer had none."""
+        phases = [self.method.timeline.phase(step)[0] for step in (self.step, self.step + 1)]
+        if self.method.freeze_active and not self.method.keep_state and Phase.RESU in phases:
+            for weight in self._weights.values():
+                self._forget(weight.weight)
 
     # A step
 
@@ -210,7 +222,7 @@ class ResuHandle(Handle):
         for weight in self._weights.values():
             gradient = weight.weight.grad
             if gradient is not None and not gradient.is_sparse:
-                gradient.masked_fill_(~weight.mask, 0)
+                fill_zeros_(gradient, ~weight.mask)
 
     @torch.no_grad()
     def _prepare(self) -> None:
@@ -238,6 +250,8 @@ class ResuHandle(Handle):
     def _look(self) -> None:
         if self.method.timeline.phase(self.step)[0] is Phase.RESU:
             self._steps.step()
+        if self.method.reads_inputs(self.step):
+            self._inputs.share(process_group(self.model))
         super()._look()
         for event, cycle in self.method.timeline.events(self.step):
             if event is Phase.RESU:
@@ -281,13 +295,13 @@ class ResuHandle(Handle):
     def _forget(self, weight: nn.Parameter) -> None:
         """Delete the optimizer's state of a weight; what an optimizer makes once and for all is set to zero."""
         if isinstance(self.optimizer, Adagrad | LBFGS):
-            reset_state_(self.optimizer, weight, torch.ones_like(weight, dtype=torch.bool))
+            reset_state_(self.optimizer, weight, torch.ones(weight.shape, dtype=torch.bool, device=weight.device))
         else:
             self.optimizer.state.pop(weight, None)
 
     def _states(self) -> list[WeightState]:
         """As in `Handle`, with what the phase knows: T, and the inputs that were seen."""
-        seen = self._inputs.statistics(self.model) if self._inputs.seen and self._masks_due else {}
+        seen = self._inputs.statistics() if self._inputs.seen and self._masks_due else {}
         states = []
         for state in super()._states():
             trained = {"trained": self._units[state.name].trainable.clone()}
@@ -357,7 +371,7 @@ class ResuHandle(Handle):
                     callback(self.model, cycle.index)
         finally:
             self._paused = False
-        dead = [name for name, weight in self._weights.items() if bool(weight.weight.detach()[~weight.mask].any())]
+        dead = [name for name, values in self._values().items() if bool(values[~self._weights[name].mask].any())]
         if dead or before != masks_digest(self._masks()):
             what = f"wrote dead entries of {', '.join(dead)}" if dead else "changed masks"
             raise DataError(f"the callback at the pause of cycle {cycle.index} {what}; it must leave both as they are")

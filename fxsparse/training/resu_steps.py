@@ -10,12 +10,16 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from fxsparse.nn import Mode, Resurrection
+from fxsparse.nn.sharded import part, part_like
 from fxsparse.training.resu import RESU
 from fxsparse.training.resu_theta import State
 
 
 class ThetaSteps:
     """Takes theta's gradient before an optimizer step and moves theta after it.
+
+    Of weights that are spread over ranks every rank takes the whole step, so that its rule may mix positions, and its
+    states are whole on each.
 
     Args:
         method: The method.
@@ -42,7 +46,7 @@ class ThetaSteps:
             gradient = unit.weight.weight.grad
             if gradient is None or unit.mode is not Mode.RESU:
                 continue
-            dense = gradient.to_dense() if gradient.is_sparse else gradient
+            dense = unit.weight.dense(gradient.to_dense() if gradient.is_sparse else gradient)
             scale = getattr(self._optimizer, "grad_scale", None)  # fused optimizers unscale by themselves
             taken = torch.where(unit.trainable, dense if scale is None else dense / scale, 0.0)
             self._taken[name] = -taken if self._options(unit).get("maximize", False) else taken
@@ -51,7 +55,7 @@ class ThetaSteps:
     def hold(self) -> None:
         """Remember the weights where the optimizer could move what it must not: theta, or all of a frozen weight."""
         if not self._method.freeze_active or isinstance(self._optimizer, LBFGS):
-            self._held = {name: unit.weight.weight.detach().clone() for name, unit in self._units.items()}
+            self._held = {name: part(unit.weight.weight).detach().clone() for name, unit in self._units.items()}
 
     def still(self) -> list[nn.Parameter]:
         """The parameters that the optimizer must not see in a phase."""
@@ -66,14 +70,15 @@ class ThetaSteps:
     def step(self) -> None:
         """After the optimizer: put back what it moved of what was held, then take the step of theta's own rule."""
         for name, unit in self._units.items():
-            weight, held = unit.weight.weight, self._held.get(name)
+            weight, held = unit.weight, self._held.get(name)
             if held is not None:
-                frozen = self._method.freeze_active
-                weight.copy_(held if frozen else torch.where(unit.weight.mask, weight, held))
+                own, alive = part(weight.weight), part_like(weight.mask, weight.weight)
+                own.copy_(held if self._method.freeze_active else torch.where(alive, own, held))
             taken = self._taken.get(name)
             if taken is not None and bool(unit.trainable.any()):
                 state, rate = self.states.setdefault(name, {}), self._method.theta.rate(self._options(unit))
-                unit.write_theta_(self._method.theta.step(weight.detach(), taken, unit.trainable, state, rate))
+                values = weight.dense(weight.weight.detach())
+                unit.write_theta_(self._method.theta.step(values, taken, unit.trainable, state, rate))
 
     def state_dict(self) -> dict[str, State]:
         """A copy of the states."""

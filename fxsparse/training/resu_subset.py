@@ -10,7 +10,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from fxsparse.errors import ConfigError
 from fxsparse.sparsity.counts import check_count, check_fraction, fraction_count
+from fxsparse.sparsity.saliency import Saliency
 from fxsparse.sparsity.units import Units
 from fxsparse.training.exchange import best_over_weight
 from fxsparse.training.resu_tournament import candidates
@@ -22,6 +24,11 @@ class Subset(abc.ABC):
     """Which dead units are trained in a phase; the others hold 0 and cannot win the tournament."""
 
     needs_gradient: ClassVar[bool] = False
+
+    def scores(self, state: WeightState) -> Float[Tensor, "segments width"] | None:
+        """What `chosen` may rank by: |G|, pooled, where it needs that."""
+        given = state.gradient if self.needs_gradient else None
+        return None if given is None else state.pooled(given.abs())
 
     @abc.abstractmethod
     def chosen(self, subject: Subject) -> Bool[Tensor, "segments width"]:
@@ -35,7 +42,7 @@ class Subject:
     Attributes:
         units: The pattern's view of the weight.
         candidates: Dead units that may be trained.
-        scores: |G| of the effective batch at whose end the phase begins, pooled; read by subsets that need it.
+        scores: What the subset's `scores` gave: |G| of the effective batch at whose end the phase begins, pooled.
         draws: U(0, 1), float64.
         phase: Number of the phase, from 0.
     """
@@ -78,6 +85,33 @@ class TopGradient(Subset):
 
     def chosen(self, subject: Subject) -> Tensor:
         """The best by |G|."""
+        return subject.best(subject.scores, self.fraction)
+
+
+@dataclass(frozen=True)
+class TopSaliency(Subset):
+    """Those of the best scores by any saliency, such as `NewtonGain`.
+
+    Attributes:
+        by: The saliency, of dead weights.
+        fraction: alpha.
+    """
+
+    by: Saliency
+    fraction: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.by, Saliency):
+            raise ConfigError(f"`by` (={self.by!r}) must be a Saliency")
+        check_fraction(self.fraction, "fraction")
+        object.__setattr__(self, "needs_gradient", self.by.needs_gradient)
+
+    def scores(self, state: WeightState) -> Tensor:
+        """The saliency's, pooled."""
+        return state.scores(self.by)
+
+    def chosen(self, subject: Subject) -> Tensor:
+        """The best."""
         return subject.best(subject.scores, self.fraction)
 
 
@@ -150,6 +184,6 @@ def trained_units(subset: Subset, state: WeightState, phase: int, *, dense: bool
     if not bool(free.any()):
         return torch.zeros_like(state.mask)
     draws = state.draws("subset").to(free.device)
-    given = state.gradient if subset.needs_gradient else None
-    scores = torch.zeros_like(draws) if given is None else state.pooled(given.abs())
-    return state.units.spread(subset.chosen(Subject(state.units, free, scores, draws, phase)))
+    scores = subset.scores(state)
+    ranked = torch.zeros_like(draws) if scores is None else scores
+    return state.units.spread(subset.chosen(Subject(state.units, free, ranked, draws, phase)))

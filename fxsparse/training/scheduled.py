@@ -34,6 +34,7 @@ class Scheduled(Method):
         end: Last step of the schedule, always an update; None = `end_fraction` of the training.
         end_fraction: `end` as a share of the whole training, where `end` is None.
         schedule: Another schedule than the method's, which says its own steps; its final value must be `sparsity`.
+        grow: The saliency by which dead weights come alive, the highest first; None = at random.
     """
 
     distribution: Distribution = field(default_factory=Uniform)
@@ -42,6 +43,7 @@ class Scheduled(Method):
     end: int | None = None
     end_fraction: float = 0.75
     schedule: Sparsities | None = None
+    grow: Saliency | None = field(default=None, kw_only=True)
 
     any_start: ClassVar[bool] = True
 
@@ -75,7 +77,10 @@ class Scheduled(Method):
         return self._steps()(step)
 
     def check(self, pattern: Pattern) -> None:
-        """Every sparsity on the way must be one that the pattern can have."""
+        """Every sparsity on the way must be one that the pattern can have, and growth needs a count."""
+        grows = self.grow is not None or self.drop_fraction(self._timed_schedule().start) > 0
+        if grows and getattr(pattern, "exact", True) is False:
+            raise ConfigError(f"{pattern} has no count per group that growth could fill; use exact=True")
         for step in (0, *self._steps().steps()):
             try:
                 pattern.check_sparsity(self.sparsity_at(step))
@@ -108,8 +113,12 @@ class Scheduled(Method):
         counts = state.units.counts(target).to(alive.device)
         if not self.grows:
             counts = torch.minimum(counts, alive.sum(1))
-        grow = self.ranked_to_grow(state) if self.grows else scores
-        return state.units.spread(exchange(state.units, alive, scores, grow, target=counts))
+        fraction = self.drop_fraction(state.step)
+        grow = self.ranked_to_grow(state) if self.grows or fraction else scores
+        chosen = exchange(state.units, alive, scores, grow, target=counts)
+        if fraction:
+            chosen = exchange(state.units, chosen, scores, grow, fraction)
+        return state.units.spread(chosen)
 
     def alive_scores(self, state: WeightState) -> Tensor:
         """Scores of elements, dead ones below all others."""

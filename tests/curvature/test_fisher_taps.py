@@ -25,7 +25,7 @@ class Plain(Fn):
         return self.fn(self, x)
 
 
-NONE = {"addmm", "vision tokens", "rnn", "gru cell", "bilinear", "custom function"}
+NONE = {"addmm", "vision tokens", "gru cell", "bilinear", "custom function"}
 """Cases without a layer that can be tapped."""
 
 
@@ -55,17 +55,20 @@ def test_what_is_tapped_and_what_is_refused() -> None:
         "conv transposed": {"0.weight", "0.bias", "4.weight", "4.bias"},
         "conv depthwise": {"0.weight", "2.weight", "2.bias", "4.weight", "4.bias"},
         "embedding": {"e.weight", "head.weight", "head.bias"},
+        "batch norm": {f"{k}.{each}" for k in (0, 1, 4) for each in ("weight", "bias")},
+        "gru": {"head.weight", "head.bias"} | {f"rnn.{a}_{b}_l0" for a in ("weight", "bias") for b in ("ih", "hh")},
+        "multihead attention": {"head.weight", "head.bias"}
+        | {f"a.{each}" for each in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")},
         "norms": {f"{k}.weight" for k in (0, 1, 3, 4, 5)} | {f"{k}.bias" for k in (0, 1, 3, 5)},
     }
     reasons = {
         "tied weights": ("0.weight", "read 2 times"),
         "module reuse": ("0.weight", "read 3 times"),
-        "batch norm": ("1.weight", "couples samples"),
         "weight times mask": ("w", "has no tap"),
-        "samples and positions on one axis": ("inner.weight", "samples do not lie along axis 0"),
-        "positions before samples": ("inner.weight", "samples do not lie along axis 0"),
-        "tied language model": ("position.weight", "samples do not lie along axis 0"),
-        "lstm": ("rnn.weight_ih_l0", "belongs to a LSTM"),
+        "samples and positions on one axis": ("inner.weight", "the samples have no axis of their own"),
+        "positions before samples": ("inner.weight", "the samples have no axis of their own"),
+        "tied language model": ("position.weight", "samples are told apart outside of it"),
+        "conv reused on frames": ("conv.weight", "the samples have no axis of their own"),
     }
     for case in CASES:
         if case.name in tapped or case.name in reasons:
@@ -81,4 +84,4 @@ def test_what_is_tapped_and_what_is_refused() -> None:
                 name, reason = reasons[case.name]
                 assert reason in made.refused[name] and name not in made.statistics, case.name
     with pytest.raises(ConfigError, match="no layer to tap"):
-        instrument_fisher(nn.Sequential(nn.PReLU()).double(), (torch.randn(3, 6, dtype=torch.float64),))
+        instrument_fisher(nn.Bilinear(6, 6, 2).double(), (torch.randn(3, 6, dtype=torch.float64),) * 2)

@@ -276,7 +276,7 @@ def test_every_updater_drops_and_grows_by_curvature(kind: type) -> None:
     model, x, y = sparse_mlp()
     source = CurvatureSource(model, "cross_entropy", [(x, y)])
     options = {"sparsity": 0.5} if kind is RESU else {"sparsity": 0.5, "every": 4}
-    grow = None if kind in (GMP, RESU) else NewtonGain(source)
+    grow = NewtonGain(source)
     asked: list[str] = []
 
     class Spy(OBD):
@@ -343,7 +343,7 @@ def test_chosen_methods_survive_copies_pickles_and_replacement() -> None:
     for bad in (
         lambda: with_saliencies(SET(0.5)),
         lambda: with_saliencies(SET(0.5), drop="obd"),
-        lambda: with_saliencies(GMP(0.5), OBD(source), NewtonGain(source)),
+        lambda: with_saliencies(fxsparse.ACDC(0.5), OBD(source), NewtonGain(source)),
     ):
         with pytest.raises(ConfigError):
             bad()

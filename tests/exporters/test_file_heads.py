@@ -106,6 +106,16 @@ def test_constant_values_under_weights_that_do_not_sum_to_one_stay() -> None:
     assert found.channels == 0
 
 
+def test_an_early_softmax_without_an_axis_sums_over_all_but_the_batch() -> None:
+    b = sequence()
+    b.opset = 12
+    q, v = in_heads(b, linear(b, "x", 6, "q")), in_heads(b, linear(b, "x", 6, "v", dead=head(2)))
+    k = in_heads(b, linear(b, "x", 6, "k"), (0, 2, 3, 1))
+    mixed = b.node("MatMul", [b.node("Softmax", [b.node("MatMul", [q, k])]), v])
+    _, found = removed(b, out_of_heads(b, mixed))
+    assert found.channels == 0  # the weights of a head do not sum to one, so constant values vary
+
+
 def test_entries_of_heads_go_where_every_head_loses_as_many() -> None:
     uneven_dead = [0, 4, 8, 10]  # entry 0 of head 0, 1 of head 1, 2 of head 2, 1 of head 3
     b, out = plain(v=uneven_dead, bias=False)

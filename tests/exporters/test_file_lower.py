@@ -127,6 +127,30 @@ def test_filled_groups_cost_no_copy_inside_a_chain() -> None:
     assert_equal(proto, model, feeds((1, 24), (4, 24)))
 
 
+def test_columns_that_fill_a_group_have_no_weight() -> None:
+    b = rows()
+    weight = np.zeros((16, 24))
+    weight[:8, [0, 5]] = b.random.standard_normal((8, 2))  # reads column 0, with which it is filled up
+    weight[8:, 10:14] = b.random.standard_normal((8, 4))
+    proto = b.proto(linear(b, "x", weight))
+    model = lowered(proto, lambda found: next(s for s in found if (s.group, s.k) == (8, 4)))
+    assert_equal(proto, model, feeds((1, 24), (4, 24)))
+    stored = next(v.const_value.numpy() for v in model.graph.initializers.values() if len(v.shape) == 3)
+    assert (stored[0][:, 2:] == 0).all() and (stored[1] != 0).all()
+
+
+def test_values_whose_free_sizes_may_differ_are_not_added_as_they_lie() -> None:
+    b = Builder()
+    b.input("x", ["batch", "time", 24])
+    b.input("z", ["one", "time", 24])
+    parts = [b.node("Relu", [linear(b, name, shared(b.random, 24, 24, 8, 4))]) for name in ("x", "z")]
+    proto = b.proto(linear(b, b.node("Add", parts), shared(b.random, 16, 24, 8, 4)))
+    model = lowered(proto)
+    assert kinds(model).count("Gather") == 3
+    random = np.random.default_rng(0)
+    assert_equal(proto, model, [{"x": random.standard_normal((3, 5, 24)), "z": random.standard_normal((1, 5, 24))}])
+
+
 def test_features_that_lie_elsewhere_are_not_added_as_they_lie() -> None:
     b = rows()
     one, two = (np.concatenate([shared(b.random, n, 24, n, 4) for n in sizes]) for sizes in ((9, 12, 11), (12, 9, 11)))

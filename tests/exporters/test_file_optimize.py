@@ -123,7 +123,7 @@ def test_a_transformer_with_token_ids_and_masks_is_lowered(tmp_path: Path) -> No
         group(linear, 64 if linear is model.a else 16, 12 if linear is model.a else 48)
     example = (torch.randint(0, 50, (2, 9)), torch.ones(2, 9, dtype=torch.bool))
     source = dynamic(model, example, tmp_path / "a.onnx")
-    report = optimize_file(source, tmp_path / "b.onnx", latency=False, batches=(8, 64))
+    report = optimize_file(source, tmp_path / "b.onnx", channels=False, latency=False, batches=(8, 64))
     assert report.lowered == 2, str(report)
     assert {layer.form for layer in report.layers} == {"dense", "gather + matmul"}
     found = report.verification
@@ -183,6 +183,54 @@ def test_both_orders_of_removing_and_lowering_are_tried(tmp_path: Path, monkeypa
         assert report.lowered >= 1 and report.verification is not None and report.verification.exact is not None
         chosen.append(report.channels > 0)
     assert sorted(chosen) == [False, True]
+
+
+def test_without_times_the_estimate_chooses_between_removing_and_lowering(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 1024), nn.ReLU(), nn.Linear(1024, 256))
+    with torch.no_grad():
+        model[2].weight[:, :512] = 0  # one group of all rows could be lowered, but half the channels can go
+    source = dynamic(model, (torch.randn(2, 256),), tmp_path / "a.onnx")
+    kept = optimize_file(source, tmp_path / "b.onnx", channels=False, latency=False, verify=False, batches=(1024,))
+    assert kept.lowered == 1
+    report = optimize_file(source, tmp_path / "b.onnx", latency=False, batches=(1024,))
+    assert report.channels == 512 and report.lowered == 0
+    with torch.no_grad():
+        model[0].weight[3] = 0  # removing one channel breaks the groups, which gain far more
+        group(model[0], 64, 8)
+        model[2].weight[:, :512] = 1
+    source = dynamic(model, (torch.randn(2, 256),), tmp_path / "a.onnx")
+    report = optimize_file(source, tmp_path / "b.onnx", latency=False, batches=(64,))
+    assert report.lowered == 1
+
+
+class Chunked(nn.Module):
+    """Attention whose parts torch's older exporter cuts where a computed size says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({"qkv": nn.Linear(32, 96), "o": nn.Linear(32, 32)}) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for each in self.layers:
+            q, k, v = (part.unflatten(2, (4, 8)).transpose(1, 2) for part in each["qkv"](x).chunk(3, -1))
+            x = x + each["o"](((q @ k.transpose(2, 3)).softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return x
+
+
+def test_every_layer_loses_heads_where_sizes_are_computed_in_the_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Chunked()
+    with torch.no_grad():
+        for each in model.layers:
+            each["o"].weight[:, :16] = 0
+    options = {"input_names": ["x"], "dynamic_axes": {"x": {0: "batch"}}, "dynamo": False}
+    source = export(model, (torch.randn(2, 5, 32),), tmp_path / "a.onnx", **options)
+    report = optimize_file(source, tmp_path / "b.onnx", latency=False)
+    assert sorted(new for _, new in report.resized.values()) == [(16, 32)] * 3 + [(32, 48)] * 3
+    assert not report.left and "Shape" not in str(read_contents(report.path)), str(report)
+    assert report.verification is not None and report.verification.exact is not None
+    assert report.verification.exact.relative < 1e-12
 
 
 def graph_file(

@@ -16,8 +16,9 @@ import fxsparse
 from fxsparse.errors import ConfigError
 from fxsparse.nn import Conv1d, Conv2d, Conv3d, DenseGradients, Guard, Linear, Resurrection, masked_weights, set_guard
 from fxsparse.nn import shared as shared_file
-from fxsparse.nn.shared import FastMode, path_of
+from fxsparse.nn.shared import Choice, FastMode, path_of
 from fxsparse.nn.shared_accelerate import accelerate, decelerate, fast_report
+from fxsparse.nn.shared_kernels import Kernel
 from fxsparse.sparsity import Positions, SharedSupport, Unstructured
 
 CLOSE = dict(rtol=1e-11, atol=1e-11)
@@ -427,7 +428,7 @@ def test_reasons_are_told() -> None:
 def test_auto_measures_once_and_says_what_it_picked(monkeypatch: pytest.MonkeyPatch, taken: list) -> None:
     import fxsparse.nn.shared_choice as choice
 
-    ratios, calls = iter([3.0, 0.5]), []
+    ratios, calls = iter([Choice(3.0, Kernel.GATHER), Choice(0.5, Kernel.GATHER)]), []
     monkeypatch.setattr(choice, "measured", lambda *given_: calls.append(given_) or next(ratios))
     first, second = linear(24, 24), linear(24, 48)
     model = nn.Sequential(first, second)

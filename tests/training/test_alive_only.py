@@ -1,6 +1,7 @@
 """Training that stores alive entries alone against the same training in dense storage, in float64."""
 
 import copy
+import gc
 from functools import partial
 
 import pytest
@@ -330,3 +331,14 @@ def test_reports_and_masks_see_dense_shapes() -> None:
     torch.testing.assert_close(
         run.model.get_submodule("5").effective_weight, run.dense().model.get_submodule("5").weight
     )
+
+
+def test_nothing_of_dense_size_stays_between_two_steps() -> None:
+    run = Run(MOMENTUM, fxsparse.RigL(sparsity=0.75, every=2), "sparse")
+    run.model(torch.randn(2, 4, 3, 3).double()).sum().backward()  # a dense gradient was there
+    store_alive(run.handle)
+    run.go(0, 4)
+    sizes = {22 * 18 * 9, 12 * 4 * 9, 18 * 12}
+    gc.collect()
+    found = [each for each in gc.get_objects() if type(each) in (torch.Tensor, nn.Parameter) and each.numel() in sizes]
+    assert run.handle.updates and not [tuple(each.shape) for each in found]

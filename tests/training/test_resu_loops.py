@@ -222,7 +222,7 @@ def test_input_statistics_of_several_batches_are_those_of_one():
             model(part)
         tap.close()
         model(x)  # not collected
-        taps[parts] = tap.statistics(model)["0.weight"]
+        taps[parts] = tap.statistics()["0.weight"]
     flat = x.reshape(-1, 5).double()
     expected = {"norm": flat.norm(dim=0), "mean": flat.mean(0), "variance": flat.var(0, correction=0)}
     for name, value in expected.items():

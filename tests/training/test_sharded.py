@@ -27,7 +27,7 @@ import fxsparse
 from fxsparse.errors import ConfigError, DataError
 from fxsparse.nn import masked_weights, masks
 from fxsparse.sparsity import Magnitude, MaskSet, SharedSupport
-from fxsparse.training import GMP, MEST, RESU, SET, SNFS, SNIP, RigL, SRigL, attach, prune
+from fxsparse.training import GMP, MEST, SET, SNFS, RigL, SRigL, attach
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
@@ -141,9 +141,6 @@ if mode == "train":
     found["adamw"] = train("rigl", sgd=False)
 if mode == "train" and ranks > 1:
     model = spread(net())
-    found["resu"] = refused(lambda: attach(model, torch.optim.SGD(model.parameters(), lr=0.1), RESU(sparsity=0.5), 60))
-    found["prune"] = refused(lambda: prune(model, SNIP(0.5), [batch(0)], torch.nn.functional.cross_entropy))
-    model = spread(net())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     handle = attach(model, optimizer, METHODS["set"], STEPS)
     if rank == 1:
@@ -220,8 +217,6 @@ def test_sharded_training_equals_one_process(tmp_path: Path) -> None:
         assert all(each == every[0] for each in every[1:])
         for name, expected in single.items():
             assert_alike(every[0][name], expected, name)
-        assert "`0.weight` (=DTensor) is sharded; RESU trains dead positions in place: use DDP" in every[0]["resu"]
-        assert "is sharded; masks need whole weights: use DDP" in every[0]["prune"]
         assert "masks differ between ranks" in every[0]["sabotage"]
         assert "replaced after attach" in every[0]["too late"]
 

@@ -383,7 +383,7 @@ def test_the_tournament_reads_the_last_batches_of_its_phase_alone(calibration):
     run = Run(RESU.frozen(**options, score=Wanda(), prune=Wanda(), calibration=calibration), total=120)
     for cycle in run.cycles:
         run.go(cycle.end - 1)
-        norm = run.handle._inputs.statistics(run.model)["0.weight"]["norm"][0]
+        norm = run.handle._inputs.statistics()["0.weight"]["norm"][0]
         inputs = torch.cat([batch(i)[0] for i in range(max(cycle.enter, cycle.end - calibration), cycle.end - 1)])
         torch.testing.assert_close(norm, inputs.double().norm(dim=0), rtol=1e-6, atol=0)
 
