@@ -15,6 +15,7 @@ from fxsparse.curvature import FisherCollector
 from fxsparse.errors import ConfigError
 
 WORKER = """
+import os
 import sys
 from pathlib import Path
 
@@ -53,11 +54,14 @@ torch.save(
     },
     folder / f"{rank}.pt",
 )
+dist.barrier()
 dist.destroy_process_group()
+os._exit(0)  # every result is on disk; C++ threads torn down by the interpreter's exit are not what is tested
 """
 
 
 SHARDED = """
+import os
 import sys
 from pathlib import Path
 
@@ -97,7 +101,9 @@ assert all(p.numel() == 0 or p.untyped_storage().nbytes() <= 8 for p in collecto
 F.cross_entropy(model(x[own]), y[own]).backward()  # it trains on as before
 found["gradient"] = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
 torch.save(found, Path(sys.argv[1]) / f"{rank}.pt")
+dist.barrier()
 dist.destroy_process_group()
+os._exit(0)  # every result is on disk; C++ threads torn down by the interpreter's exit are not what is tested
 """
 
 
