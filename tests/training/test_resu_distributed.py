@@ -12,7 +12,7 @@ import pytest
 import torch
 
 WORKER = """
-import json, sys, warnings
+import json, os, sys, warnings
 from pathlib import Path
 
 import torch
