@@ -43,8 +43,10 @@ def masked_weight(weight: Shaped[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]
         return masked
     if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
         return _in_compiled_code(weight, mask, None if sink is mask else sink)
+    if not torch.compiler.is_compiling() and _full.get():
+        return weight
     if not torch.is_grad_enabled() and weight.requires_grad and not _leaves_flags():
-        return weight if _full.get() else _marked(weight, mask)
+        return _marked(weight, mask)
     result = selected(weight, mask)
     if _collecting and not torch.compiler.is_compiling():
         _watch(result, mask if sink is None else sink)
@@ -53,7 +55,7 @@ def masked_weight(weight: Shaped[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]
 
 @contextlib.contextmanager
 def full_masks() -> Iterator[None]:
-    """Inside, without gradients, `masked_weight` returns the weight itself: for callers whose masks are all True."""
+    """Inside, `masked_weight` returns the weight itself: for callers whose masks are all True."""
     before = _full.set(True)
     try:
         yield
