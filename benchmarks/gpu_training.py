@@ -27,6 +27,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from shared_training import layer_pass
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -79,18 +80,6 @@ def on_host(run: Pass) -> tuple[float, float]:
     begin = time.perf_counter()
     run()
     return (1e3 * (time.perf_counter() - begin),) * 2
-
-
-def layer_pass(model: nn.Module, x: Tensor, gradient: Tensor) -> Pass:
-    """One forward and backward pass."""
-    given = x.clone().requires_grad_()
-
-    def run() -> None:
-        given.grad = None
-        model.zero_grad()
-        model(given).backward(gradient)
-
-    return run
 
 
 def masked(model: nn.Module, x: Tensor, options: argparse.Namespace, **settings: Any) -> tuple[Any, ...]:

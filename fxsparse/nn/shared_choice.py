@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from fxsparse.nn.select import selected
 from fxsparse.nn.shared import MASK, WEIGHT, Choice, SharedPath
 from fxsparse.nn.shared_kernels import Kernel
 
@@ -61,7 +62,7 @@ def _dense(module: nn.Module, given: Tensor, weight: Tensor, bias: Tensor | None
     assert mask is not None
 
     def run() -> Tensor:
-        masked = torch.where(mask, weight, 0.0)
+        masked = selected(weight, mask)
         if isinstance(module, _ConvNd):
             return module._conv_forward(given, masked, bias)
         return F.linear(given, masked, bias)

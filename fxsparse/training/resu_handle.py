@@ -16,7 +16,7 @@ from torch.optim import LBFGS, Adagrad, Optimizer
 from fxsparse.errors import ConfigError, DataError
 from fxsparse.nn import Mode, Resurrection, ThetaInit, masked_weights
 from fxsparse.nn.resu import theta_start
-from fxsparse.nn.sharded import fill_zeros_
+from fxsparse.nn.select import keep_
 from fxsparse.sparsity import generator
 from fxsparse.sparsity.mask import Mask
 from fxsparse.training.distributed import masks_digest, process_group, unwrap
@@ -222,7 +222,7 @@ class ResuHandle(Handle):
         for weight in self._weights.values():
             gradient = weight.weight.grad
             if gradient is not None and not gradient.is_sparse:
-                fill_zeros_(gradient, ~weight.mask)
+                keep_(gradient, weight.mask)
 
     @torch.no_grad()
     def _prepare(self) -> None:

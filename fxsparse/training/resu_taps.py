@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fxsparse.nn import MaskedWeight, Resurrection
-from fxsparse.nn.sharded import fill_zeros_, is_sharded
+from fxsparse.nn.select import keep_
+from fxsparse.nn.sharded import is_sharded
 from fxsparse.training.distributed import summed
 from fxsparse.training.gradients import GradientWindow, weakly
 from fxsparse.training.input_norms import InputNorms, _Origin
@@ -80,7 +81,7 @@ class _Bar:
             dense = gradient.to_dense() if gradient.is_sparse else gradient
             parameter.grad = torch.where(kept, dense, 0.0)
         else:
-            fill_zeros_(gradient, ~kept)  # in place: the gradient may be a view of a communication bucket
+            keep_(gradient, kept)  # in place: the gradient may be a view of a communication bucket
 
 
 class InputTap:
