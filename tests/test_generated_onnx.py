@@ -46,11 +46,13 @@ def check_export(drawn: Planned) -> None:
         for inputs in (drawn.inputs, drawn.other_inputs()) if report.batch == "dynamic" else (drawn.inputs,):
             with torch.no_grad():
                 expected = [output.numpy() for output in call(exact, inputs)]
+                rounded = [output.numpy() for output in call(sparse.eval(), single(inputs))]
             found = run(path, single(inputs))
             assert len(found) == len(expected)
-            for a, b in zip(found, expected, strict=True):
+            for a, b, c in zip(found, expected, rounded, strict=True):
                 assert a.shape == b.shape
-                assert np.abs(a - b).max() <= 2e-4 * (np.abs(b).max() + 1e-3)
+                own = np.abs(c - b).max()  # a norm of nearly nothing makes much of little, in PyTorch too
+                assert np.abs(a - b).max() <= 2e-4 * (np.abs(b).max() + 1e-3) + 2 * own
     assert report.batch == "dynamic" or any("batch" in note for note in report.notes)
 
 

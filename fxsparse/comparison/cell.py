@@ -17,6 +17,7 @@ from fxsparse.comparison.config import DENSE, Config, build
 from fxsparse.data import Splits, digits, idx_folder
 from fxsparse.errors import ConfigError
 from fxsparse.graph.accounting import count
+from fxsparse.graph.scopes import seeded
 from fxsparse.nn import masked_weights, masks
 from fxsparse.planning import transform
 from fxsparse.sparsity import Pattern, generator
@@ -246,8 +247,7 @@ class _Trainer:
 
 def _model(config: Config, splits: Splits, seed: int) -> nn.Module:
     _, channels, side, _ = splits.train.inputs.shape
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         if config.train.arch == "lenet_300_100":
             return models.lenet_300_100(in_features=splits.train.inputs[0].numel(), classes=splits.classes)
         if config.train.arch == "lenet_5":

@@ -26,6 +26,7 @@ from fxsparse.graph.clone import isolated_clone
 from fxsparse.graph.inputs import fresh_inputs, opened, tensors_of
 from fxsparse.graph.recorder import Recording, recorded_run
 from fxsparse.graph.scopes import SEED, seeded
+from fxsparse.graph.tree import parameters_of
 from fxsparse.graph.writes import NoticingWrites, ParameterWrites
 
 _TOLERATED_EPS = 64  # reductions may be ordered differently where kernels are not deterministic
@@ -257,7 +258,7 @@ def _held(tensor: torch.Tensor) -> torch.Tensor:
 
 def _reached(model: nn.Module, output: Any) -> list[str]:
     """Names of the parameters on which the outputs depend, as autograd sees it."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(parameter): name for name, parameter in parameters_of(model)}
     ahead = [tensor.grad_fn for tensor in tensors_of(output) if tensor.grad_fn is not None]
     found = {names[id(tensor)] for tensor in tensors_of(output) if id(tensor) in names}
     seen = set(ahead)
@@ -277,7 +278,7 @@ def _gradients(model: nn.Module, inputs: Any, output: Any) -> dict[str, torch.Te
     """Gradients of a fixed random combination of all floating-point outputs, of every parameter and input."""
     outputs = [t for t in tensors_of(output) if (t.is_floating_point() or t.is_complex()) and t.requires_grad]
     wanted: dict[str, torch.Tensor] = {}
-    wanted |= {f"gradient of `{name}`": p for name, p in model.named_parameters() if p.requires_grad}
+    wanted |= {f"gradient of `{name}`": p for name, p in parameters_of(model) if p.requires_grad}
     wanted |= {f"gradient of input {i}": t for i, t in enumerate(tensors_of(inputs)) if t.requires_grad}
     if not outputs or not wanted:
         return {}

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from fxsparse.graph.tree import parameters_of
+
 _WRITERS = frozenset({"__setitem__", "embedding", "_no_grad_embedding_renorm_", "__set__"})
 
 
@@ -16,7 +18,7 @@ class ParameterWrites:
     """Keeps the value of every parameter of `model` that a torch function is about to write into."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.storages = {storage_of(p): (name, p) for name, p in model.named_parameters() if not p.is_meta}
+        self.storages = {storage_of(p): (name, p) for name, p in parameters_of(model) if not p.is_meta}
         self.saved: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def notice(self, func: Callable[..., Any], args: tuple[Any, ...]) -> None:

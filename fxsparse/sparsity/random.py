@@ -1,9 +1,13 @@
-"""Random draws that depend on nothing but their key."""
+"""Random draws that depend on nothing but their key, and the global generators given back as they were."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float64
@@ -27,3 +31,51 @@ def generator(seed: int, tensor_index: int, update_index: int, purpose: str) -> 
 def random_scores(shape: Sequence[int], generator: Generator) -> Float64[Tensor, "*shape"]:
     """Float64 draws of U(0, 1) on the CPU; their top-k is a uniformly random k-subset."""
     return torch.rand(tuple(shape), dtype=torch.float64, generator=generator, device="cpu")
+
+
+@contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Restore every random generator on leaving: torch on all devices, Python, and NumPy where it is loaded."""
+    state = rng_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state["torch"])
+        if "cuda" in state:
+            torch.cuda.set_rng_state_all(state["cuda"])
+        if "mps" in state:
+            torch.mps.set_rng_state(state["mps"])
+        random.setstate(state["python"])
+        if "numpy" in state:
+            sys.modules["numpy"].random.set_state(state["numpy"])
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of every global random generator, by its library's name."""
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and hasattr(numpy, "random"):
+        state["numpy"] = numpy.random.get_state()
+    return state
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Run with all global generators seeded, and restore them on leaving.
+
+    Devices that nothing has used yet are left alone: `torch.manual_seed` would note the seed for them, for good.
+    """
+    with preserved_rng():
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.manual_seed_all(seed)
+        if torch.backends.mps.is_available():
+            torch.mps.manual_seed(seed)
+        random.seed(seed)
+        if "numpy" in sys.modules:
+            sys.modules["numpy"].random.seed(seed)
+        yield

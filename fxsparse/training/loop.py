@@ -29,6 +29,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fxsparse.errors import ConfigError, DataError
 from fxsparse.sparsity import generator
+from fxsparse.sparsity.random import seeded
 from fxsparse.training.scopes import deterministic, read_streams, set_streams
 from fxsparse.training.scopes import training_mode as training_mode
 from fxsparse.training.snapshot import Snapshot
@@ -160,8 +161,7 @@ class EpochRow:
 
 def start(task: Task, seed: int) -> TrainState:
     """A fresh training: the model built from the seed alone, step 0. The global random state is left as it was."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = task.build()
     return start_from(task, model, seed)
 

@@ -612,6 +612,15 @@ def test_parametrized_layers_are_leaves_and_keep_their_keys() -> None:
     assert torch.equal(captured.module(X), model(X))
 
 
+def test_the_seed_of_devices_that_nothing_has_used_yet_stays_the_callers() -> None:
+    torch.manual_seed(5)
+    waiting = torch.cuda._lazy_seed_tracker.get_calls()
+    assert waiting or torch.cuda.is_initialized()
+    capture(Branches(), (X,))
+    after = torch.cuda._lazy_seed_tracker.get_calls()
+    assert len(after) == len(waiting) and all(a is b for a, b in zip(after, waiting, strict=True))
+
+
 def test_nothing_global_or_of_the_callers_changes() -> None:
     model = Branches().eval()
     model.head.bias.requires_grad_(False)
