@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +11,9 @@ from torch import Tensor, nn
 
 from fxsparse.curvature.collector_engine import Collected, Engine, Recipe, check_recipe
 from fxsparse.curvature.collector_moments import Moments
-from fxsparse.curvature.collector_options import GroupInfo, check_one_of, chosen_parameters
-from fxsparse.curvature.collector_tasks import TaskState
+from fxsparse.curvature.collector_options import GroupInfo, check_options, chosen_parameters
+from fxsparse.curvature.collector_settled import Settled
+from fxsparse.curvature.collector_tasks import Tasks, TaskState
 from fxsparse.curvature.fisher_batch import read_batch
 from fxsparse.curvature.fisher_scope import check_batch_norms, collecting_scope
 from fxsparse.curvature.fisher_squares import Entry
@@ -21,7 +21,7 @@ from fxsparse.curvature.fisher_types import FisherType
 from fxsparse.curvature.groups import Grouping
 from fxsparse.curvature.groups_types import GroupRule, Heads, aliases_of, check_groups
 from fxsparse.curvature.keys import Key, check_parameters, check_task, restrict
-from fxsparse.curvature.losses import MSE, BCEWithLogits, CallableLoss, as_loss
+from fxsparse.curvature.losses import CallableLoss, as_loss
 from fxsparse.curvature.operator_data import one_output
 from fxsparse.curvature.storage import Storage
 from fxsparse.errors import ConfigError, DataError
@@ -96,25 +96,12 @@ class FisherCollector:
     ) -> None:
         self.model = unwrap(model)
         self._gathered = Gathered.of(self.model)
-        check_one_of("unit", unit, ("sample", "token"))
-        check_one_of("accumulate", accumulate, ("mean", "ema"))
-        check_one_of("support", support, ("mask", "dense"))
-        check_one_of("absent", absent, ("skip", "zero"))
-        if not 0 <= beta < 1:
-            raise ConfigError(f"`beta` (={beta}) must lie in [0, 1)")
+        check_options(unit, accumulate, support, absent, beta)
         check_groups(groups)
         check_batch_norms(self.model, bn)
-        self.kind, self.unit, self.accumulate, self.beta, self.absent = (
-            FisherType.of(kind),
-            unit,
-            accumulate,
-            beta,
-            absent,
-        )
-        self.storage, self.bn = Storage.of(storage), bn
-        own = as_loss(loss)
-        if isinstance(own, (MSE, BCEWithLogits)) and unit == "token":
-            own = dataclasses.replace(own, per_position=True)
+        self.kind, self.unit, self.bn, self.storage = FisherType.of(kind), unit, bn, Storage.of(storage)
+        self.accumulate, self.beta, self.absent = accumulate, beta, absent
+        own = as_loss(loss, per_position=unit == "token")
         if isinstance(own, CallableLoss) and self.kind is not FisherType.EMPIRICAL:
             own.check_natural(torch.zeros(1, 1), None)
         keep = variance and accumulate == "mean"
@@ -127,7 +114,7 @@ class FisherCollector:
             self._engine = Engine(self.model, chosen, output, groups, heads, recipe)
         self._device = next(iter(chosen.values())).device
         self._generator = torch.Generator(self._device).manual_seed(0) if generator is None else generator
-        self._tasks: dict[str, TaskState] = {}
+        self._tasks = Tasks()
 
     def update(self, batch: Any, task: str = DEFAULT_TASK) -> None:
         """Take in a batch; one without units that count is noted in `skipped` and changes nothing else.
@@ -175,7 +162,7 @@ class FisherCollector:
         Raises:
             ConfigError: the task is not known, or nothing fits.
         """
-        state = self._known(task)
+        state = self._tasks.known(task)
         values = {str(Key(task, *entry)): entry for entry in state.entries()}
         chosen = restrict(values, param=param, group_type=group_type)
         if not chosen:
@@ -210,7 +197,7 @@ class FisherCollector:
         Raises:
             ConfigError: the task is not known.
         """
-        self._known(task).consolidate(self.storage)
+        self._tasks.known(task).consolidate(self.storage)
         return self.snapshot(task)
 
     def snapshot(self, task: str = DEFAULT_TASK) -> dict[str, Tensor]:
@@ -219,7 +206,7 @@ class FisherCollector:
         Raises:
             ConfigError: the task is not known or was not consolidated.
         """
-        state = self._known(task)
+        state = self._tasks.known(task)
         if not state.stored:
             raise ConfigError(f"`task` (={task!r}) was not consolidated: call consolidate first")
         return {str(Key(task, *entry)): self._shaped(entry, each.read()) for entry, each in state.stored.items()}
@@ -242,21 +229,12 @@ class FisherCollector:
         Raises:
             ConfigError: a number out of range.
         """
-        if top < 1 or not 0 < overlap <= 1 or patience < 1:
-            raise ConfigError(f"`top` (={top}), `overlap` (={overlap}) and `patience` (={patience}) must be positive")
-        before: set[int] = set()
-        settled = used = 0
+        settled, used = Settled(top, overlap, patience), 0
         for batch in batches:
             self.update(batch, task)
             used += 1
             state = self._tasks[task]
-            if not state.entries():
-                continue
-            pooled = torch.cat([state.mean(entry).flatten().cpu() for entry in state.entries()])
-            best = set(pooled.topk(min(top, pooled.numel())).indices.tolist())
-            settled = settled + 1 if before and len(best & before) >= overlap * len(best) else 0
-            before = best
-            if settled >= patience:
+            if state.entries() and settled.look(state.pooled()):
                 break
         return used
 
@@ -266,7 +244,7 @@ class FisherCollector:
 
     def skipped(self, task: str = DEFAULT_TASK) -> int:
         """How many batches of the task held no unit that counts."""
-        return self._known(task).skipped
+        return self._tasks.known(task).skipped
 
     def metadata(self, key: str) -> GroupInfo:
         """What belongs to a key.
@@ -275,20 +253,12 @@ class FisherCollector:
             ConfigError: there is no such key.
         """
         parsed = Key.of(key)
-        state = self._known(parsed.task)
+        state = self._tasks.known(parsed.task)
         entry = parsed.param, parsed.group_type
         if entry not in state.entries():
             raise ConfigError(f"`key` (={key!r}) does not exist; keys look like {next(iter(state.entries()), None)}")
-        grouping = self._grouping(entry)
-        members = torch.ones(grouping.shape, dtype=torch.float64) if grouping.is_element else grouping.members
-        return GroupInfo(
-            members,
-            grouping.axis,
-            grouping.shape,
-            self._aliases[parsed.param],
-            state.units(entry),
-            self._engine.slow.get(parsed.param, ""),
-        )
+        aliases, slow = self._aliases[parsed.param], self._engine.slow.get(parsed.param, "")
+        return GroupInfo.of(self._grouping(entry), aliases, state.units(entry), slow)
 
     def clear(self, task: str | None = None) -> None:
         """Forget a task altogether, or all of them.
@@ -299,7 +269,7 @@ class FisherCollector:
         if task is None:
             self._tasks.clear()
         else:
-            self._known(task)
+            self._tasks.known(task)
             del self._tasks[task]
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
@@ -328,7 +298,7 @@ class FisherCollector:
         """
         from fxsparse.curvature.collector_file import tasks_of
 
-        self._tasks = tasks_of(state, self._settings(), self._generator, set(self._engine.parameters))
+        self._tasks = Tasks(tasks_of(state, self._settings(), self._generator, set(self._engine.parameters)))
 
     def save(self, path: str | Path) -> None:
         """Write the state to a safetensors file, bit for bit, in one step.
@@ -357,22 +327,11 @@ class FisherCollector:
             return self._engine.collect(read, self._generator)
 
     def _settings(self) -> dict[str, str]:
-        recipe = self._engine.recipe
-        return {
-            "kind": self.kind.value,
-            "unit": self.unit,
-            "accumulate": self.accumulate,
-            "support": "dense" if recipe.dense else "mask",
-        }
+        support = "dense" if self._engine.recipe.dense else "mask"
+        return {"kind": self.kind.value, "unit": self.unit, "accumulate": self.accumulate, "support": support}
 
     def _place(self) -> torch.device:
         return self._device if self.storage is Storage.FP32 else torch.device("cpu")
-
-    def _known(self, task: str) -> TaskState:
-        if task not in self._tasks:
-            known = ", ".join(repr(name) for name in self._tasks) or "none yet"
-            raise ConfigError(f"`task` (={task!r}) is not known; tasks with updates: {known}")
-        return self._tasks[task]
 
     def _grouping(self, entry: Entry) -> Grouping:
         with self._gathered.stand_ins():
@@ -385,7 +344,7 @@ class FisherCollector:
         return self._grouping(entry).expand(values).clone() if expand else self._shaped(entry, values)
 
     def _of_moments(self, task: str, rule: Callable[[Moments], Tensor]) -> dict[str, Tensor]:
-        state = self._known(task)
+        state = self._tasks.known(task)
         if not self._engine.recipe.separate:
             raise ConfigError("variances are kept by `variance` (=True) with `accumulate` (='mean') only")
         return {str(Key(task, *entry)): self._shaped(entry, rule(each)) for entry, each in state.moments.items()}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxsparse.curvature.collector_blocks import merged, moments_of
 from fxsparse.curvature.collector_moments import Moments
 from fxsparse.curvature.fisher_batch import FisherBatch
 from fxsparse.curvature.fisher_squares import Entry, Squares
@@ -172,28 +173,28 @@ class Engine:
             if not units:
                 continue
             present |= set(squares.values)
-            for entry, values in self._with_absent(squares.values, piece.samples).items():
-                new = self._moments(values, piece.samples, masses, units)
-                found[entry] = new if entry not in found else found[entry].merge(new)
+            values = self._with_absent(squares.values, piece.samples)
+            found = merged(found, self._moments(values, piece.samples, masses, units))
         return Collected(found, mass, frozenset(present))
 
     def _with_absent(self, values: Mapping[Entry, Tensor], samples: int) -> dict[Entry, Tensor]:
         """With zeros for what no gradient reached."""
-        complete = {}
-        for name, groupings in self.groupings.items():
-            for grouping in groupings:
-                entry = name, grouping.group_type
-                complete[entry] = values[entry] if entry in values else self._zeros(name, grouping, samples)
-        return complete
+        entries = {(name, each.group_type): each for name, groupings in self.groupings.items() for each in groupings}
+        return {
+            entry: values[entry] if entry in values else self._zeros(entry[0], grouping, samples)
+            for entry, grouping in entries.items()
+        }
 
     def _zeros(self, name: str, grouping: Grouping, samples: int) -> Tensor:
         rows = samples if self.recipe.separate or not grouping.is_element else 1
         return self.parameters[name].new_zeros((rows, grouping.size))
 
-    def _moments(self, values: Tensor, samples: int, masses: Tensor | None, units: float) -> Moments:
-        if len(values) != samples or not self.recipe.separate:
-            return Moments.of_sum(values.sum(0), samples, units)
-        return Moments.of(values, masses)
+    def _moments(
+        self, values: Mapping[Entry, Tensor], samples: int, masses: Tensor | None, units: float
+    ) -> dict[Entry, Moments]:
+        if not self.recipe.separate:
+            return {entry: Moments.of_sum(each.sum(0), samples, units) for entry, each in values.items()}
+        return moments_of(values, masses)
 
     def _examined(self, batch: FisherBatch) -> _Plan:
         """Taps for a batch like this one, and per-sample gradients for what they do not cover."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
+from fxsparse.curvature.groups import Grouping
 from fxsparse.curvature.groups_types import aliases_of
 from fxsparse.errors import ConfigError
 
@@ -30,6 +32,12 @@ class GroupInfo:
     aliases: tuple[str, ...]
     units: float
     slow: str
+
+    @classmethod
+    def of(cls, grouping: Grouping, aliases: tuple[str, ...], units: float, slow: str) -> GroupInfo:
+        """What is known of the groups of a parameter."""
+        members = torch.ones(grouping.shape, dtype=torch.float64) if grouping.is_element else grouping.members
+        return cls(members, grouping.axis, grouping.shape, aliases, units, slow)
 
 
 def chosen_parameters(model: nn.Module, wanted: Collection[str] | None) -> dict[str, nn.Parameter]:
@@ -55,7 +63,16 @@ def chosen_parameters(model: nn.Module, wanted: Collection[str] | None) -> dict[
     return floating
 
 
-def check_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    """Raise ConfigError for an option that does not exist."""
+def check_options(unit: str, accumulate: str, support: str, absent: str, beta: float) -> None:
+    """Raise ConfigError for an option that does not exist or is out of range."""
+    _check_one_of("unit", unit, ("sample", "token"))
+    _check_one_of("accumulate", accumulate, ("mean", "ema"))
+    _check_one_of("support", support, ("mask", "dense"))
+    _check_one_of("absent", absent, ("skip", "zero"))
+    if not 0 <= beta < 1:
+        raise ConfigError(f"`beta` (={beta}) must lie in [0, 1)")
+
+
+def _check_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ConfigError(f"`{name}` (={value!r}) must be one of {', '.join(map(repr, known))}")

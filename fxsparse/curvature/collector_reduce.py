@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fxsparse.curvature.collector_blocks import merged
 from fxsparse.curvature.collector_moments import Moments
 from fxsparse.curvature.collector_tasks import TaskState
 from fxsparse.errors import ConfigError
@@ -31,22 +32,21 @@ def reduce_tasks(tasks: dict[str, TaskState], device: torch.device, group: dist.
     }
     every: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(every, mine, group=group)
-    merged: dict[str, TaskState] = {}
+    together: dict[str, TaskState] = {}
     for rank in every:
         for name, (skipped, entries) in rank.items():
-            state = merged.setdefault(name, TaskState())
+            state = together.setdefault(name, TaskState())
             state.skipped += skipped
-            for entry, (numbers, tensors) in entries.items():
-                moments = Moments.restored(numbers, tensors)
-                state.moments[entry] = state.moments[entry].merge(moments) if entry in state.moments else moments
-    for name, state in merged.items():
+            restored = {entry: Moments.restored(*each) for entry, each in entries.items()}
+            state.moments = merged(state.moments, restored)
+    for name, state in together.items():
         place = device if name not in tasks else _place(tasks[name], device)
         state.moments = {entry: moments.to(place) for entry, moments in state.moments.items()}
         tasks[name] = state
 
 
 def _packed(moments: Moments) -> dict[str, torch.Tensor]:
-    return {name: tensor.cpu() for name, tensor in moments.tensors().items()}
+    return {name: tensor.detach().cpu().clone() for name, tensor in moments.tensors().items()}
 
 
 def _place(state: TaskState, device: torch.device) -> torch.device:

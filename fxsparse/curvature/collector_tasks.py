@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fxsparse.curvature.collector_blocks import merged
 from fxsparse.curvature.collector_engine import Collected
 from fxsparse.curvature.collector_moments import Decaying, Moments
 from fxsparse.curvature.fisher_squares import Entry
 from fxsparse.curvature.storage import Storage, Stored, store
+from fxsparse.errors import ConfigError
 
 
 @dataclass(eq=False)
@@ -43,16 +45,19 @@ class TaskState:
         """M of an entry."""
         return self.moments[entry].mass if self.moments else self.mass[entry]
 
+    def pooled(self) -> Tensor:
+        """F of all entries, one after the other."""
+        return torch.cat([self.mean(entry).flatten().cpu() for entry in self.entries()])
+
     def add(self, found: Collected, beta: float | None, zeros: bool, place: torch.device) -> None:
         """Take in a batch; `beta` None stands for a plain mean, `zeros` lets absent entries decay."""
         if not found.mass:
             self.skipped += 1
             return
+        if beta is None:
+            self.moments = merged(self.moments, {entry: new.to(place) for entry, new in found.moments.items()})
+            return
         for entry, new in found.moments.items():
-            if beta is None:
-                moved = new.to(place)
-                self.moments[entry] = self.moments[entry].merge(moved) if entry in self.moments else moved
-                continue
             running = self.decaying.setdefault(entry, Decaying())
             here = entry in found.present
             if here or zeros or running.num is None:
@@ -63,3 +68,18 @@ class TaskState:
     def consolidate(self, storage: Storage) -> None:
         """Keep a snapshot."""
         self.stored = {entry: store(self.mean(entry), storage) for entry in self.entries()}
+
+
+class Tasks(dict[str, TaskState]):
+    """The states by task."""
+
+    def known(self, task: str) -> TaskState:
+        """The state of a task.
+
+        Raises:
+            ConfigError: it has had no update.
+        """
+        if task not in self:
+            known = ", ".join(map(repr, self)) or "none yet"
+            raise ConfigError(f"`task` (={task!r}) is not known; tasks with updates: {known}")
+        return self[task]

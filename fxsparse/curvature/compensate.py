@@ -2,128 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fxsparse.curvature.compensate_grams import Gram, InputGrams
-from fxsparse.curvature.compensate_layer import (
-    LayerProblem,
-    LayerSolution,
-    Solver,
-    element_scores,
-    grouped,
-    solve_layer,
-)
+from fxsparse.curvature.compensate_options import Compensation as Compensation
+from fxsparse.curvature.compensate_options import CompensationReport as CompensationReport
+from fxsparse.curvature.compensate_plan import CompensationPlan
 from fxsparse.errors import ConfigError, DataError
-from fxsparse.nn import MaskedWeight, check_mask_edit, masked_weights
+from fxsparse.nn import MaskedWeight, masked_weights
 from fxsparse.nn.masked import check_mask
-from fxsparse.sparsity import Distribution, Global, Pattern, SharedSupport, Target, Uniform, WeightSpec
-from fxsparse.sparsity.counts import check_count
+from fxsparse.sparsity import Distribution, Pattern, SharedSupport, Uniform
 from fxsparse.sparsity.grouping import support_order
-from fxsparse.training.batches import call
 from fxsparse.training.calibration import Calibration
 from fxsparse.training.distributed import check_not_sharded, unwrap
-from fxsparse.training.initial import start_from
-
-
-@dataclass(frozen=True)
-class Compensation:
-    """How `compensate` solves.
-
-    Attributes:
-        damping: lambda over the mean of diag(H), for inputs that depend on each other.
-        solver: How values are found on a mask; None = exact where the factorisations are cheap, else by columns.
-        sequential: Each layer sees the inputs that the pruned layers before it give, at one pass over the data for
-            each weight; False measures all inputs in one pass, before anything is pruned.
-        permute: Put the rows of `SharedSupport` weights into groups that lose less together.
-        block: Columns whose updates are made together in the sweep by columns.
-        rounds: Steps in which shared positions are removed; more are slower and closer to one at a time.
-        min_samples: Input vectors that a weight must have met; None = as many as a row keeps weights.
-    """
-
-    damping: float = 0.01
-    solver: Solver | None = None
-    sequential: bool = True
-    permute: bool = False
-    block: int = 128
-    rounds: int = 12
-    min_samples: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.damping < float("inf"):
-            raise ConfigError(f"`damping` (={self.damping}) must be at least 0 and finite")
-        if self.solver is not None and not isinstance(self.solver, Solver):
-            raise ConfigError(f"`solver` (={self.solver!r}) must be Solver.EXACT, Solver.COLUMNS or None")
-        check_count(self.block, "block", 1)
-        check_count(self.rounds, "rounds", 1)
-        if self.min_samples is not None:
-            check_count(self.min_samples, "min_samples", 1)
-
 
 UNIFORM, DEFAULT = Uniform(), Compensation()
-
-
-@dataclass(frozen=True)
-class CompensatedLayer:
-    """One weight of a `CompensationReport`.
-
-    Attributes:
-        name: The parameter's name.
-        shape: Its shape.
-        pattern: Its pattern.
-        alive: Alive elements.
-        samples: Input vectors that it met, the fewest of all its rows.
-        solver: How the values were found.
-        before: ||(W - W M) X||^2 / ||W X||^2 of the mask alone, on the calibration data.
-        after: The same with the compensated weights.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    pattern: str
-    alive: int
-    samples: int
-    solver: Solver
-    before: float
-    after: float
-
-    @property
-    def density(self) -> float:
-        """Alive fraction in [0, 1]."""
-        return self.alive / torch.Size(self.shape).numel()
-
-
-@dataclass(frozen=True)
-class CompensationReport:
-    """What `compensate` did; `str()` of it is a table.
-
-    Attributes:
-        layers: In the order in which they were solved.
-        batches: Calibration batches.
-    """
-
-    layers: tuple[CompensatedLayer, ...]
-    batches: int
-
-    def __str__(self) -> str:
-        rows = [("weight", "shape", "pattern", "density", "inputs", "solved", "error, masked", "compensated")]
-        for each in self.layers:
-            shape = "x".join(map(str, each.shape))
-            errors = (f"{each.before:.4f}", f"{each.after:.4f}")
-            rows.append(
-                (each.name, shape, each.pattern, f"{each.density:.4f}", str(each.samples), each.solver.value, *errors)
-            )
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-        )
 
 
 def compensate(
@@ -193,7 +90,7 @@ def _plan(
     masks: Mapping[str, Tensor] | None,
     names: Iterable[str] | None,
     how: Compensation,
-) -> _Plan:
+) -> CompensationPlan:
     if (sparsity is None) == (masks is None):
         raise ConfigError(f"give either `sparsity` (={sparsity}) or `masks`, which are then only compensated")
     known = masked_weights(model)
@@ -213,7 +110,7 @@ def _plan(
         if bad := int((~masked.weight.isfinite()).sum()):
             raise DataError(f"`{name}` holds NaN or Inf (={bad} values); it cannot be pruned")
     orders = {} if masks is None else _row_orders(weights, patterns, masks)
-    return _Plan(model, weights, patterns, sparsity, distribution, masks, orders, how)
+    return CompensationPlan(model, weights, patterns, sparsity, distribution, masks, orders, how)
 
 
 def _row_orders(
@@ -231,136 +128,3 @@ def _row_orders(
         if order is not None:
             orders[name] = order
     return orders
-
-
-@dataclass(frozen=True, eq=False)
-class _Plan:
-    """What is to be done; nothing is changed outside `unmasked`."""
-
-    model: nn.Module
-    weights: dict[str, MaskedWeight]
-    patterns: dict[str, Pattern]
-    sparsity: float | None
-    distribution: Distribution
-    masks: Mapping[str, Tensor] | None
-    row_orders: Mapping[str, Tensor]
-    how: Compensation
-
-    @contextlib.contextmanager
-    def unmasked(self) -> Iterator[None]:
-        """Open the masks, so that values alone decide; after an error everything is as it was."""
-        before = {name: (masked.mask.clone(), masked.weight.detach().clone()) for name, masked in self.weights.items()}
-        for masked in self.weights.values():
-            for module, _ in masked.owners:
-                check_mask_edit(module)
-        try:
-            for masked in self.weights.values():
-                masked.set_mask_(torch.ones_like(masked.mask))
-            yield
-        except BaseException:
-            for name, (mask, value) in before.items():
-                with torch.no_grad():
-                    self.weights[name].weight.copy_(value)
-                self.weights[name].set_mask_(mask)
-            raise
-
-    def solve(self, batches: tuple[Any, ...]) -> Iterator[CompensatedLayer]:
-        """Solve the weights in the order of their use, then set all masks at once."""
-        order = self._order(batches)
-        targets = self._targets(batches)
-        grams = {} if self.how.sequential else self._grams(order, batches)
-        solutions: dict[str, LayerSolution] = {}
-        rows = []
-        for name in order:
-            gram = grams.pop(name) if name in grams else self._grams([name], batches)[name]
-            problem = self._problem(name, gram)
-            solutions[name] = self._solved(name, problem, targets.get(name))
-            if self.how.sequential:
-                self.weights[name].weight.copy_(solutions[name].weight)
-            rows.append(self._row(name, problem, solutions[name]))
-        chosen = {name: solution.mask.to(self.weights[name].weight.device) for name, solution in solutions.items()}
-        start_from(self.weights, chosen, self.patterns, {name: each.row_order for name, each in solutions.items()})
-        for name, solution in solutions.items():
-            self.weights[name].weight.copy_(solution.weight)
-        yield from rows
-
-    def _order(self, batches: tuple[Any, ...]) -> list[str]:
-        found = InputGrams(self.weights, order_only=True)
-        with found:
-            call(self.model, _inputs(batches[0]))
-        return [*found.order, *(name for name in self.weights if name not in found.order)]
-
-    def _targets(self, batches: tuple[Any, ...]) -> dict[str, Target]:
-        if self.sparsity is None:
-            return {}
-        specs = [
-            WeightSpec(name, tuple(masked.weight.shape), masked.spec.layout, self.patterns[name])
-            for name, masked in self.weights.items()
-        ]
-        scores = None
-        if isinstance(self.distribution, Global):
-            scores = {}
-            for name in self.weights:
-                problem = self._problem(name, self._grams([name], batches)[name])
-                scores[name] = element_scores(problem, self.how.damping).to(problem.weight.device)
-        return self.distribution.targets(specs, self.sparsity, scores)
-
-    def _grams(self, names: Iterable[str], batches: tuple[Any, ...]) -> dict[str, Gram]:
-        watched = {name: self.weights[name] for name in names}
-        found = InputGrams(watched)
-        with found:
-            for batch in batches:
-                call(self.model, _inputs(batch))
-        return {name: found.gram(name) for name in watched}
-
-    def _problem(self, name: str, gram: Gram) -> LayerProblem:
-        masked = self.weights[name]
-        return LayerProblem(masked.weight.detach(), gram, masked.spec.layout, self.patterns[name])
-
-    def _solved(self, name: str, problem: LayerProblem, target: Target | None) -> LayerSolution:
-        how, mask = self.how, None if self.masks is None else self.masks[name]
-        order = self.row_orders.get(name, self.weights[name].row_order)
-        try:
-            self._check_samples(problem, mask, target)
-            if target is not None and how.permute:
-                found = grouped(problem, target, order, how.damping)
-                order = order if found is None else found
-            return solve_layer(
-                problem,
-                target,
-                mask=mask,
-                row_order=order,
-                solver=how.solver,
-                damping=how.damping,
-                block=how.block,
-                rounds=how.rounds,
-            )
-        except (ConfigError, DataError) as error:
-            raise type(error)(f"`{name}`: {error}") from error
-
-    def _check_samples(self, problem: LayerProblem, mask: Tensor | None, target: Target | None) -> None:
-        alive = int(mask.sum()) if mask is not None else 0 if target is None else target.alive
-        if alive == problem.weight.numel():
-            return
-        needed = self.how.min_samples or math.ceil(alive / len(problem.gram.of_row))
-        if (fewest := min(problem.gram.samples)) < needed:
-            raise DataError(
-                f"`samples` (={fewest}) input vectors are too few to solve for {needed} weights of a row; give more "
-                "calibration data, or set `min_samples` to let damping decide"
-            )
-
-    def _row(self, name: str, problem: LayerProblem, solution: LayerSolution) -> CompensatedLayer:
-        return CompensatedLayer(
-            name,
-            tuple(problem.weight.shape),
-            str(self.patterns[name]),
-            int(solution.mask.sum()),
-            min(problem.gram.samples),
-            solution.solver,
-            solution.before,
-            solution.after,
-        )
-
-
-def _inputs(batch: Any) -> Any:
-    return batch[0] if isinstance(batch, tuple | list) else batch

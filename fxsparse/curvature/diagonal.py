@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fxsparse.curvature.diagonal_layers import LayerSquares
 from fxsparse.curvature.operator_data import Batch
-from fxsparse.curvature.operator_engine import Engine, Tensors
+from fxsparse.curvature.operator_engine import Engine
+from fxsparse.curvature.operator_forward import Tensors
 from fxsparse.curvature.operator_output import OutputCurvature
 
 ROW_BUDGET = 1 << 24
@@ -56,7 +57,21 @@ def sampled_diagonal(
     return {name: each / samples for name, each in found.items()}, curvature.units(z, batch)
 
 
-def stacked_rows(
+def gram_of_rows(
+    engine: Engine, curvature: OutputCurvature, batches: Iterable[Batch], names: Sequence[str], keep: Tensor
+) -> tuple[Float[Tensor, "b b"], int]:
+    """R^T R in float64, R the rows of all samples and columns, flat over some parameters, where `keep` [b] is True."""
+    gram = torch.zeros(len(keep), len(keep), dtype=torch.float64, device=keep.device)
+    units = 0
+    for batch in batches:
+        units += curvature.units(engine.outputs(batch), batch)
+        for rows in _stacked_rows(engine, curvature, batch, names):
+            kept = torch.where(keep, rows, 0.0).double()
+            gram.addmm_(kept.mT, kept)
+    return gram, units
+
+
+def _stacked_rows(
     engine: Engine, curvature: OutputCurvature, batch: Batch, names: Sequence[str]
 ) -> Iterator[Float[Tensor, "rows b"]]:
     """The rows J_n^T a_nk of all samples and columns, flat over some parameters, some at a time."""

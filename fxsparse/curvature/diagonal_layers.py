@@ -11,7 +11,8 @@ from fxsparse.curvature.fisher_scope import collecting_scope
 from fxsparse.curvature.fisher_squares import Squares
 from fxsparse.curvature.groups import ELEMENT, element
 from fxsparse.curvature.operator_data import Batch
-from fxsparse.curvature.operator_engine import Engine, Tensors, positional
+from fxsparse.curvature.operator_engine import Engine
+from fxsparse.curvature.operator_forward import Tensors, positional
 from fxsparse.curvature.taps import Taps, Unstable
 from fxsparse.curvature.taps_pass import TapPass
 from fxsparse.nn import Route, masked_weights

@@ -23,8 +23,11 @@ def collecting_scope(model: nn.Module) -> Iterator[None]:
     Restored are the training flag of each module, every buffer into which the run wrote, random generators and
     switches. Parameters, their flags and their gradients are not touched at all.
     """
-    devices = sorted({parameter.device.type for parameter in model.parameters()} | {"cpu"})
-    before = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers() if buffer.dtype is not torch.bool]
+    modules = list(model.modules())
+    parameters = [each for module in modules for each in module._parameters.values() if each is not None]
+    buffers = {id(each): each for module in modules for each in module._buffers.values() if each is not None}
+    devices = sorted({parameter.device.type for parameter in parameters} | {"cpu"})
+    before = [(each, each._version, each.clone()) for each in buffers.values() if each.dtype is not torch.bool]
     with contextlib.ExitStack() as stack:
         stack.enter_context(preserved_rng())
         stack.enter_context(mode_of(model, False))

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from fxsparse.curvature.diagonal import sampled_diagonal, squared_rows, stacked_rows
+from fxsparse.curvature.diagonal import gram_of_rows, sampled_diagonal, squared_rows
 from fxsparse.curvature.diagonal_layers import LayerSquares
 from fxsparse.curvature.eigs import Spectrum, lanczos, lobpcg
-from fxsparse.curvature.losses import MSE, BCEWithLogits, as_loss
+from fxsparse.curvature.losses import as_loss
+from fxsparse.curvature.operator_checks import check_options, check_repeats
 from fxsparse.curvature.operator_data import Batch, Data, Output
-from fxsparse.curvature.operator_engine import Engine, Tensors
+from fxsparse.curvature.operator_engine import Engine
 from fxsparse.curvature.operator_output import Curvature, OutputCurvature
+from fxsparse.curvature.operator_products import batch_product, block_of_products, diagonal_of_products
+from fxsparse.curvature.operator_protocol import SymmetricOperator
 from fxsparse.curvature.operator_scope import check_uncoupled, curvature_scope
 from fxsparse.curvature.operator_space import Selection, Support, parameter_space
 from fxsparse.curvature.trace import TraceEstimate, TraceMethod, estimate_trace
@@ -31,7 +33,7 @@ DENSE_LIMIT = 4096
 _ROW_BUDGET = 1 << 24  # elements of per-sample rows in memory at once
 
 
-class CurvatureOperator:
+class CurvatureOperator(SymmetricOperator):
     """G = (1/M) sum over units of J^T B J, or the Hessian, over the flattened parameters: products, never the matrix.
 
     A linear operator of scipy's protocol (`shape`, `dtype`, `matvec`, `matmat`; `scipy.sparse.linalg.aslinearoperator`
@@ -89,20 +91,18 @@ class CurvatureOperator:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ConfigError(f"`model` (={type(model).__name__}) must be a torch.nn.Module")
-        _check_options(chunk, damping, unit, draws)
+        check_options(chunk, damping, unit, draws)
         check_uncoupled(model)
         self.model, self.kind, self.chunk, self.damping, self.seed = model, Curvature.of(kind), chunk, damping, seed
         self.space = parameter_space(model, params, mask)
-        own = as_loss(loss)
-        if unit == "token" and isinstance(own, MSE | BCEWithLogits):
-            own = dataclasses.replace(own, per_position=True)  # a mean is taken over the outputs of a unit
+        own = as_loss(loss, per_position=unit == "token")
         self.data = Data(data, self.space.device, getattr(own, "ignore_index", -100))
         self.curvature = OutputCurvature(self.kind, own, unit == "token", draws, seed)
         self.engine = Engine(model, self.space, output)
         self._units: int | None = None
         self._layers = LayerSquares.of(self.engine)
         if check:
-            self._check_repeats()
+            check_repeats(lambda v: (self.mv(v), self.units), self.space, seed)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -147,7 +147,7 @@ class CurvatureOperator:
         units, assumed = 0, self._units or 1
         with curvature_scope(self.model):
             for batch in self._pieces():
-                found, count = self._batch_product(batch, tangents, assumed)
+                found, count = batch_product(self.engine, self.curvature, batch, tangents, assumed)
                 units += count
                 sums = found if sums is None else sums.add_(found)
         self._units = self._counted(units)
@@ -197,7 +197,7 @@ class CurvatureOperator:
             raise ConfigError(f"`samples` (={samples}) must be at least 1")
         source = generator or keyed_generator(self.seed, 0, 0, f"diagonal_{method}")
         if method == "hutchinson" or (self._by_products and method == "exact"):
-            return self._diagonal_of_products(samples if drawn else None, source)
+            return diagonal_of_products(self.mm, self.space, samples if drawn else None, source)
         if drawn and self.kind not in (Curvature.GGN, Curvature.FISHER):
             raise ConfigError(
                 f"`method` (={method!r}) draws for the GGN; kind {self.kind.value!r} has an exact diagonal"
@@ -308,27 +308,7 @@ class CurvatureOperator:
                 for piece in batch.pieces(size):
                     z = self.engine.outputs(piece)
                     rows = self.engine.rows(piece, self._slope(z, piece)[None], self.space.names)
-                    found = {name: row[0] for name, row in rows.items()}
-                    yield found
-
-    def matvec(self, v: Any) -> Any:
-        """`mv`, by scipy's name."""
-        return self.mv(v)
-
-    def rmatvec(self, v: Any) -> Any:
-        """`mv`: the operator is symmetric."""
-        return self.mv(v)
-
-    def matmat(self, columns: Any) -> Any:
-        """`mm`, by scipy's name."""
-        return self.mm(columns)
-
-    def rmatmat(self, columns: Any) -> Any:
-        """`mm`: the operator is symmetric."""
-        return self.mm(columns)
-
-    def __matmul__(self, other: Any) -> Any:
-        return self.mm(other) if not isinstance(other, Mapping) and other.ndim == 2 else self.mv(other)
+                    yield {name: row[0] for name, row in rows.items()}
 
     def __repr__(self) -> str:
         return f"CurvatureOperator({self.kind.value}, shape={self.shape}, support={self.space.active})"
@@ -354,82 +334,14 @@ class CurvatureOperator:
             raise DataError("`data` (=no valid unit) must have at least one label that counts")
         return units
 
-    def _batch_product(self, batch: Batch, tangents: Tensors, divisor: int) -> tuple[Shaped[Tensor, "P k"], int]:
-        """The products over a batch, divided at the outputs, where there are few numbers; and its units."""
-        counts: list[int] = []
-
-        def bend(z: Tensor, along: Tensor) -> Tensor:
-            counts[:] = [self.curvature.units(z, batch)]
-            return self.curvature.bend(z, along, batch) / divisor
-
-        if self.kind is Curvature.HESSIAN:
-            counts = [self.curvature.units(self.engine.outputs(batch), batch)]
-            found = self.engine.second(batch, tangents, lambda z: self.curvature.total(z, batch) / divisor)
-        else:
-            found = self.engine.product(batch, tangents, bend)
-        parts = [found[name] for name in self.space.names]
-        if all(len(part) == 1 for part in parts):  # of vectors, not of columns with steps between their entries
-            return torch.cat([part.reshape(-1) for part in parts])[:, None], counts[0]
-        return torch.cat([part.flatten(1).mT for part in parts]), counts[0]
-
-    def _diagonal_of_products(self, samples: int | None, source: torch.Generator) -> Tensor:
-        size = self.space.size
-        if samples is not None:
-            signs = torch.randint(2, (size, samples), generator=source).mul_(2).sub_(1).to(self._like)
-            return self.space.project((self.mm(signs) * signs).mean(1))
-        found = torch.zeros(size, dtype=self.space.dtype, device=self.space.device)
-        active = torch.arange(size, device=self.space.device)
-        active = active if self.space.support is None else active[self.space.support]
-        for index in torch.split(active, 64):
-            found[index] = self.mm(self._units_of(index)).gather(0, index[None])[0]
-        return found
-
-    def _units_of(self, index: Tensor) -> Tensor:
-        basis = torch.zeros(self.space.size, len(index), dtype=self.space.dtype, device=self.space.device)
-        basis[index, torch.arange(len(index), device=self.space.device)] = 1.0
-        return basis
-
     def _written(self, index: Tensor, names: Sequence[str]) -> Tensor:
         if len(index) > DENSE_LIMIT:
             raise ConfigError(f"the block has {len(index)} columns, more than {DENSE_LIMIT}; use products, mv and mm")
         if self._by_products:
-            parts = [self.mm(self._units_of(part))[index] for part in torch.split(index, 64)]
-            return torch.cat(parts, 1)
+            return block_of_products(self.mm, self.space, index)
         keep = torch.ones_like(index, dtype=torch.bool) if self.space.support is None else self.space.support[index]
-        gram = torch.zeros(len(index), len(index), dtype=torch.float64, device=self.space.device)
-        units = 0
         with curvature_scope(self.model):
-            for batch in self._pieces():
-                units += self.curvature.units(self.engine.outputs(batch), batch)
-                for rows in stacked_rows(self.engine, self.curvature, batch, names):
-                    kept = torch.where(keep, rows, 0.0).double()
-                    gram.addmm_(kept.mT, kept)
+            gram, units = gram_of_rows(self.engine, self.curvature, self._pieces(), names, keep)
         self._units = self._counted(units)
         damped = self.damping * torch.diag(keep.double())
         return (gram / self._units + damped).to(self.space.dtype)
-
-    def _check_repeats(self) -> None:
-        source = keyed_generator(self.seed, 0, 0, "determinism")
-        v = torch.randn(self.space.size, generator=source, dtype=torch.float64).to(self._like)
-        first, m = self.mv(v), self._units
-        second, again = self.mv(v), self._units
-        scale = float(first.abs().max())
-        worst = float((first - second).abs().max())
-        tolerance = 1e-9 if self.space.dtype is torch.float64 else 1e-3
-        if m != again or not worst <= tolerance * max(scale, torch.finfo(self.space.dtype).tiny):
-            raise DataError(
-                f"two products with one vector differ by {worst:.3g} of {scale:.3g} (M = {m}, {again}): the data "
-                "change between passes (shuffling, augmentation), the model draws random numbers, or values are not "
-                "finite; mend that, or give check=False"
-            )
-
-
-def _check_options(chunk: int | None, damping: float, unit: str, draws: int) -> None:
-    if chunk is not None and chunk < 1:
-        raise ConfigError(f"`chunk` (={chunk}) must be at least 1, or None")
-    if not damping >= 0:
-        raise ConfigError(f"`damping` (={damping}) must be at least 0")
-    if unit not in ("sample", "token"):
-        raise ConfigError(f"`unit` (={unit!r}) must be sample or token")
-    if draws < 1:
-        raise ConfigError(f"`draws` (={draws}) must be at least 1")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
+import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -20,7 +22,7 @@ from fxsparse.graph.scopes import mode_of, preserved_rng
 
 @contextlib.contextmanager
 def curvature_scope(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, math attention, no autocast; flags, random generators and switches are restored, always.
+    """Evaluation mode, math attention, no autocast, no compiled code; all of it is as before afterwards, always.
 
     Fused attention kernels have no forward-mode derivative, and the fast path of MultiheadAttention has none at all.
     """
@@ -35,6 +37,8 @@ def curvature_scope(model: nn.Module) -> Iterator[None]:
         stack.enter_context(mode_of(model, False))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(torch.inference_mode(False))
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         for device in sorted(devices):
             stack.enter_context(torch.autocast(device, enabled=False))
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
@@ -78,7 +82,7 @@ def _restore(own: dict[str, Any], contents: _Contents) -> None:
 
 def _same(value: Any, held: Any) -> bool:
     if isinstance(value, dict):
-        return all(key in value and value[key] is each for key, each in held.items())
+        return list(value) == list(held) and all(map(operator.is_, value.values(), held.values()))
     return bool(value == held)
 
 

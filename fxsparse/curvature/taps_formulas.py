@@ -17,13 +17,13 @@ from fxsparse.curvature.taps_conv import ConvSpec, patches, per_sample_weight
 from fxsparse.curvature.taps_layout import Layout
 
 _CHUNK = 1 << 19
-_HALVED = 32  # positions from which halves are large enough for fast products
-_GRAM_FACTOR = 1.0
+_GRAM_CHUNK = 1 << 20
+_BLOCK = 32  # positions that are enough for fast products
 
 
 def gram_is_cheaper(positions: int, fan_in: int, fan_out: int) -> bool:
     """Whether T (i + o) is so much smaller than i o that the Gram form pays (Rochette et al., 2019, section 3)."""
-    return _GRAM_FACTOR * positions * (fan_in + fan_out) < fan_in * fan_out
+    return positions * (fan_in + fan_out) < fan_in * fan_out
 
 
 class Formula(abc.ABC):
@@ -70,8 +70,8 @@ def product_rows(x: Tensor, d: Tensor, mask: Tensor | None) -> Tensor:
     if t == 1:
         x2, d2 = x[:, 0].square(), d[:, 0].square()
         return d2 * (x2.sum(1, keepdim=True) if mask is None else x2 @ mask.to(x2.dtype).T)
-    if mask is None and gram_is_cheaper(t, i, o):
-        step = max(1, _CHUNK // (t * max(i, o)))
+    if mask is None and _triangle(t) * t * (i + o) < i * o:
+        step = max(1, _GRAM_CHUNK // (t * max(i, o)))
         return _joined([gram_rows(x[k : k + step], d[k : k + step]) for k in range(0, n, step)])
     step = max(1, _CHUNK // max(i * o, 1))
     rows = [
@@ -82,19 +82,23 @@ def product_rows(x: Tensor, d: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def gram_rows(x: Tensor, d: Tensor) -> Tensor:
-    """d_o^T (X X^T) d_o for each column of D, [n, o]; the two triangles of X X^T are the same, of which one is made."""
-    n, t, _ = x.shape
-    if t % 2 or t < _HALVED:
-        return _quadratic(x, x, d, d).clamp_min(0)
-    halves = x.reshape(2 * n, t // 2, -1), d.reshape(2 * n, t // 2, -1)
-    own = _quadratic(halves[0], halves[0], halves[1], halves[1])
-    (x1, x2), (d1, d2) = (each.view(n, 2, t // 2, -1).unbind(1) for each in halves)
-    return own.view(n, 2, -1).sum(1).add_(_quadratic(x1, x2, d1, d2), alpha=2).clamp_min_(0)
+    """d_o^T (X X^T) d_o for each column of D, [n, o]; of the blocks of X X^T, which is symmetric, half are made."""
+    t = x.shape[1]
+    total: Tensor | None = None
+    for first in range(0, t, _BLOCK):
+        last = min(first + _BLOCK, t)
+        gram = x[:, first:last] @ x[:, first:].mT
+        gram[:, :, _BLOCK:].mul_(2)
+        rows = (gram @ d[:, first:]).mul_(d[:, first:last]).sum(1)
+        total = rows if total is None else total.add_(rows)
+    assert total is not None
+    return total.clamp_min_(0)
 
 
-def _quadratic(x: Tensor, y: Tensor, d: Tensor, e: Tensor) -> Tensor:
-    """d_o^T X Y^T e_o."""
-    return (d * ((x @ y.transpose(1, 2)) @ e)).sum(1)
+def _triangle(positions: int) -> float:
+    """Which fraction of X X^T is made."""
+    blocks = -(-positions // _BLOCK)
+    return (blocks + 1) / (2 * blocks)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -232,12 +236,17 @@ class Summed(Formula):
         ndim = p.ndim
         kept = [axis % ndim for axis in self.features]
         others = [axis for axis in range(ndim) if axis not in kept and axis != layout.axis]
+        if p.shape[0] == samples and [layout.axis, *others, *kept] == list(range(ndim)):
+            return p.reshape(samples, -1, *self.shape)
         p = Layout(0, layout.order).unfold(p.permute(layout.axis, *others, *kept), samples)
         return p.reshape(samples, -1, *self.shape)
 
     @override
     def per_sample(self, delta: Tensor, layout: Layout, samples: int, first: int, last: int) -> Tensor:
-        return self.unsummed(delta, layout, samples)[first:last].sum(1)
+        p = self.unsummed(delta, layout, samples)[first:last]
+        if p.ndim != 3 or p.shape[1] == 1:
+            return p.sum(1)
+        return (p.new_ones(1, 1, p.shape[1]).expand(len(p), -1, -1) @ p)[:, 0]  # faster than the sum
 
     @override
     def rows(self, delta: Tensor, layout: Layout, samples: int, mask: Tensor | None) -> Tensor | None:

@@ -41,8 +41,8 @@ class Layout:
 
     def rows(self, x: Tensor, samples: int) -> Tensor:
         """[N, T, features]: the last axis holds features, all the others but the samples' become positions."""
-        if x.ndim == 2 and x.shape[0] == samples and self.axis == 0:
-            return x.unsqueeze(1)
+        if x.ndim in (2, 3) and x.shape[0] == samples and self.axis == 0:
+            return x.unsqueeze(1) if x.ndim == 2 else x
         return self.unfold(x, samples).reshape(samples, -1, x.shape[-1])
 
 

@@ -138,8 +138,13 @@ def _each(value: Any, dims: int) -> tuple[int, ...]:
     return values * dims if len(values) == 1 else values
 
 
-def _norm(normalise: Callable[..., Tensor], names: tuple[str, ...], trailing: bool) -> Rule:
-    """A norm: y = normalise(x) * weight + bias."""
+def _norm(
+    normalise: Callable[..., Tensor],
+    names: tuple[str, ...],
+    trailing: bool,
+    run: Callable[..., tuple[Tensor, Callable[[], Tensor]]] | None = None,
+) -> Rule:
+    """A norm: y = normalise(x) * weight + bias; `run` gives y and a cheaper way to normalise(x)."""
 
     def rule(mode: TapMode, name: str, func: Callable[..., Any], args: _Args, kwargs: _Kwargs) -> Any:
         given = _bound(names, args, kwargs)
@@ -147,7 +152,6 @@ def _norm(normalise: Callable[..., Tensor], names: tuple[str, ...], trailing: bo
         if mode.source(x) is not None:
             return NotImplemented
         plain = {key: mode.plain(value) for key, value in given.items()}
-        y = func(**plain)
         own = weight if weight is not None else bias
         if own is None:
             return NotImplemented
@@ -155,13 +159,22 @@ def _norm(normalise: Callable[..., Tensor], names: tuple[str, ...], trailing: bo
         features = tuple(range(-len(shape), 0)) if trailing else (1,)
         held = x.detach()
         bare = {key: value for key, value in plain.items() if key not in ("input", "weight", "bias")}
+        y, factor = (func(**plain), lambda: normalise(held, **bare)) if run is None else run(**plain)
         operands = [
-            (mode.source(weight), Summed(shape, features, lambda: normalise(held, **bare))),
+            (mode.source(weight), Summed(shape, features, factor)),
             (mode.source(bias), Summed(shape, features)),
         ]
         return mode.tap(name, y, operands, (held,))
 
     return rule
+
+
+def _layer_norm(
+    input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Tensor, Callable[[], Tensor]]:
+    y, mean, scale = torch.native_layer_norm(input, tuple(normalized_shape), weight, bias, eps)
+    x, mean, scale = input.detach(), mean.detach(), scale.detach()
+    return y, lambda: (x - mean).mul_(scale)
 
 
 def _bare_batch_norm(x: Tensor, **given: Any) -> Tensor:
@@ -314,13 +327,9 @@ _BROADCAST = (
     "add sub mul div truediv true_divide rsub maximum minimum where pow addcmul lerp rdiv rpow multiply subtract divide"
 )
 _LINEAR_NORMS: dict[str, Rule] = {
-    "layer_norm": _norm(
-        lambda x, **given: F.layer_norm(x, **given), ("input", "normalized_shape", "weight", "bias", "eps"), True
-    ),
-    "rms_norm": _norm(lambda x, **given: F.rms_norm(x, **given), ("input", "normalized_shape", "weight", "eps"), True),
-    "group_norm": _norm(
-        lambda x, **given: F.group_norm(x, **given), ("input", "num_groups", "weight", "bias", "eps"), False
-    ),
+    "layer_norm": _norm(F.layer_norm, ("input", "normalized_shape", "weight", "bias", "eps"), True, _layer_norm),
+    "rms_norm": _norm(F.rms_norm, ("input", "normalized_shape", "weight", "eps"), True),
+    "group_norm": _norm(F.group_norm, ("input", "num_groups", "weight", "bias", "eps"), False),
 }
 
 RULES: dict[str, Rule] = {

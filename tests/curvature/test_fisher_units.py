@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from fisher_cases import CASES, Fn
 from torch import Tensor, nn
 
-from fxsparse.curvature import CoupledSamples, FisherCollector, UncoveredParameter
+from fxsparse.curvature import BCEWithLogits, CoupledSamples, CurvatureOperator, FisherCollector, UncoveredParameter
 from fxsparse.errors import ConfigError, DataError
 
 F64 = torch.float64
@@ -321,3 +321,23 @@ def test_bad_input_is_refused_with_the_mend() -> None:
         chosen.get("other")
     with pytest.raises(ConfigError, match="names nothing"):
         chosen.get(param="weight")
+
+
+@pytest.mark.parametrize("loss", ["mse", "bce_mean"])
+def test_a_mean_over_outputs_is_one_over_those_of_the_unit(loss: str) -> None:
+    """With positions as units, a mean is taken over the outputs of a position: as if each were a sample of its own."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1 if loss == "bce_mean" else 2).double()
+    x = torch.randn(4, 5, 3, dtype=torch.float64)
+    y = torch.rand(4, 5, model.out_features, dtype=torch.float64)
+    own = "mse" if loss == "mse" else BCEWithLogits("mean")
+    whole = FisherCollector(model, own, "true", unit="token", groups="element")
+    apart = FisherCollector(model, own, "true", groups="element")
+    whole.update((x, y))
+    apart.update((x.flatten(0, 1), y.flatten(0, 1)))
+    for key, value in apart.get().items():
+        assert torch.allclose(whole.get()[key], value, rtol=1e-12)
+    tokens = CurvatureOperator(model, None, own, (x, y), unit="token")
+    samples = CurvatureOperator(model, None, own, (x.flatten(0, 1), y.flatten(0, 1)))
+    assert torch.allclose(tokens.dense(), samples.dense(), rtol=1e-12)
+    assert float(samples.dense().abs().max()) > 0
