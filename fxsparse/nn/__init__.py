@@ -14,6 +14,7 @@ from fxsparse.nn.effective import mask_effective as mask_effective
 from fxsparse.nn.effective import unmask_effective as unmask_effective
 from fxsparse.nn.effective import weight_norm_hook as weight_norm_hook
 from fxsparse.nn.functional import DenseGradients as DenseGradients
+from fxsparse.nn.functional import Product as Product
 from fxsparse.nn.functional import masked_weight as masked_weight
 from fxsparse.nn.linear import Linear as Linear
 from fxsparse.nn.masked import check_mask_edit as check_mask_edit

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextvars import ContextVar
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -145,6 +146,40 @@ class _Accumulate:
             self.collector.add(self.sink, gradient)
 
 
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A dense gradient as the product that it is of a layer's input and the gradient of the layer's output.
+
+    Attributes:
+        input: The input.
+        gradient: The gradient of the output.
+        shape: Shape of the dense gradient.
+        make: The product of the two.
+    """
+
+    input: Tensor
+    gradient: Tensor
+    shape: torch.Size
+    make: Callable[[Tensor, Tensor], Tensor]
+
+    @property
+    def numel(self) -> int:
+        """Elements of both factors."""
+        return self.input.numel() + self.gradient.numel()
+
+    def dense(self) -> Tensor:
+        """The gradient, in a new tensor."""
+        return self.make(self.input, self.gradient)
+
+    def copied(self) -> Product:
+        """The same of factors that nobody else can write."""
+        return Product(self.input.detach().clone(), self.gradient.detach().clone(), self.shape, self.make)
+
+
+SMALL = 0.5
+"""Largest part of a dense gradient's size that the factors of a product may have to be kept in its place."""
+
+
 class DenseGradients:
     """Collects G = dL/dW_eff for every position of masked weights, the dead ones included.
 
@@ -159,15 +194,17 @@ class DenseGradients:
 
     Args:
         masks: The masks to collect for; all of them where it is not given.
+        defer: Whether products may be kept as copies of their factors, where these are small.
     """
 
-    def __init__(self, masks: Iterable[Tensor] | None = None) -> None:
+    def __init__(self, masks: Iterable[Tensor] | None = None, *, defer: bool = False) -> None:
         self._wanted: MutableMapping[Tensor, bool] | None = None
         if masks is not None:
             self._wanted = WeakTensorKeyDictionary({mask: True for mask in masks})
         self._sums: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
+        self._later: MutableMapping[Tensor, list[Tensor | Product]] = WeakTensorKeyDictionary()  # what sums lack
         self._aliases: list[Tensor] = []  # masks that only compiled code has named so far
-        self._active = False
+        self._defer, self._active = defer, False
 
     @property
     def active(self) -> bool:
@@ -194,8 +231,19 @@ class DenseGradients:
     def add(self, mask: Tensor, gradient: Tensor) -> None:
         """Add a dense gradient, shaped like the mask, to the mask's sum."""
         gradient = gradient.detach()
+        if mask in self._later:  # sums keep their order
+            self._later[mask].append(gradient.clone())
+            return
         previous = self._sums.get(mask)
         self._sums[mask] = gradient.clone() if previous is None else previous + gradient
+
+    def defers(self, product: Product) -> bool:
+        """Whether it keeps such a product as its factors."""
+        return self._defer and product.numel <= SMALL * product.shape.numel()
+
+    def add_product(self, mask: Tensor, product: Product) -> None:
+        """Add a dense gradient, shaped like the mask, that is made when somebody reads it."""
+        self._later.setdefault(mask, []).append(product.copied())
 
     def add_by_storage(self, sink: Tensor, gradient: Tensor) -> None:
         """Add a dense gradient under the mask of this memory: compiled code names masks by other objects."""
@@ -216,12 +264,27 @@ class DenseGradients:
     def read(self, mask: Tensor) -> Tensor | None:
         """The dense gradient collected under this very mask tensor, or None when none arrived."""
         alias = next((alias for alias in self._aliases if alias is not mask and _same_memory(alias, mask)), None)
-        own, other = self._sums.get(mask), None if alias is None else self._sums.get(alias)
+        own, other = self._total(mask), None if alias is None else self._total(alias)
         return own if other is None else other if own is None else own + other
+
+    def summands(self, mask: Tensor) -> tuple[Tensor | Product, ...]:
+        """What `read` sums, in order, products as they are kept."""
+        if any(alias is not mask and _same_memory(alias, mask) for alias in self._aliases):
+            total = self.read(mask)
+            return () if total is None else (total,)
+        first = self._sums.get(mask)
+        return (*(() if first is None else (first,)), *self._later.get(mask, ()))
+
+    def _total(self, mask: Tensor) -> Tensor | None:
+        total = self._sums.get(mask)
+        for each in self._later.get(mask, ()):
+            made = each.dense() if isinstance(each, Product) else each
+            total = made if total is None else total + made
+        return total
 
     def clear(self) -> None:
         """Forget the sums."""
-        self._sums, self._aliases = WeakTensorKeyDictionary(), []
+        self._sums, self._later, self._aliases = WeakTensorKeyDictionary(), WeakTensorKeyDictionary(), []
 
     def __enter__(self) -> DenseGradients:
         self.start()

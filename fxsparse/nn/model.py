@@ -27,8 +27,11 @@ from fxsparse.nn.masked import (
     zero_dead_,
 )
 from fxsparse.nn.sharded import part, part_like, whole
-from fxsparse.nn.shared import path_of, sink_of
+from fxsparse.nn.shared import path_of
+from fxsparse.nn.shared_gradient import sink_of
+from fxsparse.nn.shared_index import held_index
 from fxsparse.nn.shared_packed import packed_path, write_packed_mask_
+from fxsparse.nn.shared_product import write_alive_
 from fxsparse.nn.slot import slots_of
 from fxsparse.nn.spec import Guard, MaskSpec, Route
 from fxsparse.sparsity import Mask
@@ -78,7 +81,13 @@ class MaskedWeight:
     def dense(self, tensor: Tensor) -> Tensor:
         """A tensor stored as the parameter is (itself, its gradient), in the shape of the dense weight."""
         path = packed_path(self.owners[0][0])
-        return whole(tensor) if path is None else path.spread(self.owners[0][0], tensor)
+        if path is None:
+            return whole(tensor)
+        if tensor.requires_grad and torch.is_grad_enabled():
+            return path.spread(self.owners[0][0], tensor)
+        dense = tensor.new_zeros(path.shape)
+        self.write_alive_(dense, tensor)
+        return dense
 
     @torch.no_grad()
     def write_(self, values: Tensor) -> None:
@@ -89,6 +98,14 @@ class MaskedWeight:
             part(self.weight).copy_(part_like(values, self.weight))
         else:
             self.weight.copy_(path.pack(module, values))
+
+    @torch.no_grad()
+    def write_alive_(self, dense: Tensor, values: Tensor) -> None:
+        """Write what is stored as a packed parameter is into a contiguous dense tensor; dead entries stay."""
+        module = self.owners[0][0]
+        path, index = packed_path(module), held_index(module)
+        assert path is not None
+        write_alive_(dense, values, index.positions, index.rows, path.rows)
 
     @property
     def sink(self) -> Tensor:

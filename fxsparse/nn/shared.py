@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fxsparse.errors import ConfigError
-from fxsparse.nn.functional import DenseGradients, collecting
+from fxsparse.nn.shared_conv import convolved
+from fxsparse.nn.shared_gradient import MASK, WEIGHT, sink_of, wanted, watch
 from fxsparse.nn.shared_index import drop_index, eligible, held_index, write_index_
-from fxsparse.nn.shared_kernels import Geometry, Kernel, constant_in_graphs, outer_gradient
+from fxsparse.nn.shared_kernels import Kernel, constant_in_graphs
 from fxsparse.nn.shared_product import (
     Index,
     ReusedGradient,
     Rows,
     alive_values,
-    format_of,
     product,
     read_alive,
     spread_values,
@@ -31,7 +29,7 @@ from fxsparse.nn.shared_product import (
 from fxsparse.nn.shared_triton import runs as fused_runs
 from fxsparse.nn.slot import SHARED, slots_of
 
-WEIGHT, MASK, ROW_ORDER = "weight", "weight_mask", "weight_row_order"
+ROW_ORDER = "weight_row_order"
 
 
 class FastMode(enum.Enum):
@@ -170,8 +168,8 @@ class SharedPath:
         weight, bias = module._parameters[WEIGHT], module._parameters.get("bias")
         assert weight is not None
         output = self.run(module, input, weight, bias, kernel)
-        if not torch.compiler.is_compiling() and output.requires_grad and _wanted(module):
-            _watch(module, self.shape, input.detach(), output)
+        if not torch.compiler.is_compiling() and output.requires_grad and wanted(module):
+            watch(module, self.shape, input.detach(), output)
         return output
 
     def run(
@@ -187,7 +185,7 @@ class SharedPath:
             bias = None if bias is None else bias.to(low)
         sink = sink_of(module)
         if isinstance(module, _ConvNd):
-            return _convolved(module, input, values, bias, index, self.rows, sink)
+            return convolved(module, input, values, bias, index, self.rows, sink)
         made = product(input.reshape(-1, self.shape[1]), values, bias, index, self.rows, None, sink, kernel)
         return made.view(*input.shape[:-1], self.shape[0])
 
@@ -301,81 +299,3 @@ def _recorded(input: Tensor) -> bool:
         or torch._C._len_torch_function_stack() > 0
         or _get_current_dispatch_mode() is not None
     )
-
-
-def _wanted(module: nn.Module) -> bool:
-    """Whether somebody collects the dense gradient of this weight."""
-    return torch.is_grad_enabled() and any(each.wants(sink_of(module)) for each in collecting())
-
-
-def sink_of(module: nn.Module) -> Tensor:
-    """The tensor under which collectors file this layer's dense gradient."""
-    mask = module._buffers.get(MASK)
-    return mask if mask is not None else module._buffers["weight_columns"]  # type: ignore[return-value]  # packed
-
-
-def _watch(module: nn.Module, shape: torch.Size, input: Tensor, output: Tensor) -> None:
-    """Hand dL/dW for every position, one dense product, to those who collect it once the backward pass gets here."""
-    sink = sink_of(module)
-    wanting = [each for each in collecting() if each.wants(sink)]
-    output.register_hook(_DenseGradient(module, shape, input, wanting, sink))  # type: ignore[no-untyped-call]  # torch
-
-
-class _DenseGradient:
-    """Backward hook on a layer's output."""
-
-    def __init__(
-        self, module: nn.Module, shape: torch.Size, input: Tensor, wanting: list[DenseGradients], sink: Tensor
-    ) -> None:
-        self.module, self.shape, self.input, self.wanting, self.sink = module, shape, input, wanting, sink
-
-    @torch.no_grad()
-    def __call__(self, gradient: Tensor) -> None:
-        wanting = [each for each in self.wanting if each.active]
-        if not wanting:
-            return
-        weight = self.module._parameters[WEIGHT]
-        assert weight is not None
-        dense = dense_gradient(self.module, self.shape, self.input, gradient).to(weight.dtype)
-        for each in wanting:
-            each.add(self.sink, dense)
-
-
-def dense_gradient(module: nn.Module, shape: torch.Size, input: Tensor, gradient: Tensor) -> Tensor:
-    """dL/dW from a layer's input and the gradient of its output."""
-    if not isinstance(module, _ConvNd):
-        return outer_gradient(input.reshape(-1, shape[1]), gradient.reshape(-1, shape[0]), None)
-    if input.ndim < len(shape):
-        input, gradient = input[None], gradient[None]
-    padded, padding = _padded(module, input)
-    return outer_gradient(padded, gradient, _geometry(module, padding, 1))
-
-
-def _padded(module: _ConvNd, input: Tensor) -> tuple[Tensor, list[int]]:
-    """The input with what a convolution cannot pad itself, and what is left to pad."""
-    axes = len(module.kernel_size)
-    around = list(module._reversed_padding_repeated_twice)
-    before, after = around[::2][::-1], around[1::2][::-1]
-    if before == after and (module.padding_mode == "zeros" or not any(before)):
-        return input, before
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    return F.pad(input, around, mode=mode).contiguous(memory_format=format_of(input)), [0] * axes
-
-
-def _geometry(module: _ConvNd, padding: list[int], groups: int) -> Geometry:
-    return Geometry(module.kernel_size, module.stride, tuple(padding), module.dilation, groups)
-
-
-def _convolved(
-    module: _ConvNd, input: Tensor, values: Tensor, bias: Tensor | None, index: Index, rows: Rows, sink: Tensor
-) -> Tensor:
-    single = input.ndim == len(module.kernel_size) + 1
-    padded, padding = _padded(module, input[None] if single else input)
-    geometry = _geometry(module, padding, rows.groups)
-    if set(geometry.kernel) == {1} and not any(padding) and set(geometry.stride) != {1}:
-        steps = tuple(slice(None, None, step) for step in geometry.stride)
-        form = format_of(padded)
-        padded = padded[(slice(None), slice(None), *steps)].contiguous(memory_format=form)
-        geometry = dataclasses.replace(geometry, stride=(1,) * len(steps))
-    output = product(padded, values, bias, index, rows, geometry, sink)
-    return output[0] if single else output

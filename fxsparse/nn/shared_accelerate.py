@@ -13,7 +13,8 @@ from fxsparse.errors import ConfigError
 from fxsparse.nn import shared_triton
 from fxsparse.nn.conv import Conv1d, Conv2d, Conv3d
 from fxsparse.nn.linear import Linear
-from fxsparse.nn.shared import WEIGHT, Choice, FastMode, SharedPath, close_path, open_path, path_of
+from fxsparse.nn.shared import Choice, FastMode, SharedPath, close_path, open_path, path_of
+from fxsparse.nn.shared_gradient import WEIGHT
 from fxsparse.nn.shared_kernels import Kernel
 from fxsparse.sparsity import SharedSupport
 

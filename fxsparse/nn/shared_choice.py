@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from fxsparse.nn.select import selected
-from fxsparse.nn.shared import MASK, WEIGHT, Choice, SharedPath
+from fxsparse.nn.shared import Choice, SharedPath
+from fxsparse.nn.shared_gradient import MASK, WEIGHT
 from fxsparse.nn.shared_kernels import Kernel
 
 ROUNDS = 5

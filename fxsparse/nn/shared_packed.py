@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fxsparse.errors import ConfigError
 from fxsparse.nn.sharded import is_sharded
-from fxsparse.nn.shared import MASK, ROW_ORDER, WEIGHT, SharedPath, path_of
+from fxsparse.nn.shared import ROW_ORDER, SharedPath, path_of
+from fxsparse.nn.shared_gradient import MASK, WEIGHT
 from fxsparse.nn.shared_index import held_index, write_index_
 from fxsparse.nn.shared_product import Index, read_alive, spread_values
 from fxsparse.nn.slot import slots_of
@@ -106,6 +107,8 @@ def replace_(parameter: Tensor, change: Callable[[Tensor], Tensor]) -> None:
             gradient.copy_(changed)
         return
     parameter.grad = None
+    other = torch.float32 if value.dtype is torch.float64 else torch.float64
+    parameter.data = value.new_empty(0, dtype=other)  # torch forgets what accumulates gradients of the old shape
     parameter.data = value
     parameter.grad = changed
 

@@ -145,7 +145,11 @@ def _written(zeros: Tensor, values: Tensor, positions: Tensor, order: Tensor, ro
 
 def spread_values(values: Tensor, index: Index, rows: Rows, shape: torch.Size) -> Tensor:
     """The dense tensor of these alive values, zero elsewhere."""
-    return _written(values.new_zeros(shape), values, index.positions, index.rows, rows)
+    zeros = values.new_zeros(shape)
+    if torch.is_grad_enabled() and values.requires_grad:
+        return _written(zeros, values, index.positions, index.rows, rows)
+    write_alive_(zeros, values, index.positions, index.rows, rows)
+    return zeros
 
 
 class ReusedGradient:

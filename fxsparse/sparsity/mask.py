@@ -102,7 +102,7 @@ class Mask(_Sets):
     @property
     def alive(self) -> int:
         """Number of alive elements A."""
-        return int(self.tensor.sum())
+        return int(self.tensor.count_nonzero())  # a sum makes integers of all entries first
 
     def __invert__(self) -> Mask:
         return Mask(~self.tensor)

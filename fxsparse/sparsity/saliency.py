@@ -42,6 +42,17 @@ class Saliency(abc.ABC):
     needs_inputs: ClassVar[bool] = False
     needs_scale: ClassVar[bool] = False
     """Whether the gradient's size counts, not only its order: in training it is then read unscaled and clipped."""
+    reads_weight: ClassVar[bool] = True
+    """Whether the weight's values count, not only its shape."""
+    elementwise: ClassVar[bool] = False
+    """Whether a score depends on its own entry of weight and gradient alone, so that it can be made part by part."""
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        """A class with a formula of its own says anew what that reads."""
+        super().__init_subclass__(**kwargs)
+        if "formula" in vars(cls):
+            cls.reads_weight = vars(cls).get("reads_weight", True)
+            cls.elementwise = vars(cls).get("elementwise", False)
 
     @abc.abstractmethod
     def formula(self, given: Given) -> Float[Tensor, "*shape"]:
@@ -87,6 +98,8 @@ class Saliency(abc.ABC):
 class Magnitude(Saliency):
     """|w| (Han et al. 2015)."""
 
+    elementwise: ClassVar[bool] = True
+
     def formula(self, given: Given) -> Tensor:
         """|w|."""
         return given.w.abs()
@@ -97,6 +110,8 @@ class Gradient(Saliency):
     """|g|, the absolute value of the mean gradient, never the mean of absolute values (arXiv 1911.11134)."""
 
     needs_gradient: ClassVar[bool] = True
+    reads_weight: ClassVar[bool] = False
+    elementwise: ClassVar[bool] = True
 
     def formula(self, given: Given) -> Tensor:
         """|g|."""
@@ -114,6 +129,7 @@ class MagnitudeAndGradient(Saliency):
     factor: float = 1.0
     needs_gradient: ClassVar[bool] = True
     needs_scale: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.factor >= 0:

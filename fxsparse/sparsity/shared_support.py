@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float64, Int64, Shaped
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -18,6 +18,8 @@ from fxsparse.sparsity.layout import LINEAR, Layout
 from fxsparse.sparsity.pattern import Pattern
 from fxsparse.sparsity.top_k import order_scores
 from fxsparse.sparsity.units import Pooling, Units
+
+_BLOCK = 1 << 18  # entries of a large weight whose scores are summed at a time
 
 
 class Positions(enum.Enum):
@@ -38,12 +40,47 @@ class SupportUnits(Units):
 
     def pool(self, scores: Tensor, pooling: Pooling = Pooling.RMS) -> Tensor:
         """Float64 score of every position over the rows of its group (and the kernel), [groups, positions]."""
-        rows = self.rows(order_scores(scores)).double().contiguous()  # one memory layout, one rounding
-        summed = self.grouped(rows * rows if pooling is Pooling.RMS else rows).sum((1, 3))
+        if scores.is_complex():
+            return order_scores(scores)  # raises
+        return self.pool_made(lambda each: each, (scores.detach(),), pooling)
+
+    def pool_made(
+        self, made: Callable[..., Tensor], tensors: Sequence[Shaped[Tensor, "*shape"]], pooling: Pooling = Pooling.RMS
+    ) -> Float64[Tensor, "groups positions"]:
+        """`pool` of the scores that `made` makes of tensors of the weight's shape, entry by entry.
+
+        Large weights are read some groups at a time; sums have the same bits as those of all groups at once.
+
+        Raises:
+            DataError: a score is NaN.
+        """
+        lines = [self._lines(each) for each in tensors]
+        blocks = (self._summed(made(*(self._taken(each, *b) for each in lines)), pooling, *b) for b in self._blocks())
+        summed = torch.cat(list(blocks))
+        if bool(summed.isnan().any()):
+            order_scores(made(*tensors))  # raises, but where infinities cancel
         if pooling is Pooling.SUM:
             return summed
-        mean = summed / (self.group_sizes().to(summed.device)[:, None] * rows.shape[2])
+        mean = summed / (self.group_sizes().to(summed.device)[:, None] * lines[0].shape[2])
         return mean.sqrt() if pooling is Pooling.RMS else mean
+
+    def _blocks(self) -> list[tuple[int, int]]:
+        """Ranges of segments; as many in each as there are threads, so that threads share out whole segments."""
+        most = 1 if self._parts > 1 else self.segments // torch.get_num_threads()
+        count = max(1, min(math.ceil(self.numel / _BLOCK), most))
+        return [(self.segments * i // count, self.segments * (i + 1) // count) for i in range(count)]
+
+    def _taken(self, lines: Tensor, begin: int, end: int) -> Tensor:
+        """The rows of these segments, in the row order."""
+        first, last = (0, len(lines)) if self._parts > 1 else (begin * self.group, min(end * self.group, len(lines)))
+        if self.row_order is None:
+            return lines[first:last]
+        return lines.index_select(0, self.row_order[first:last].to(lines.device))
+
+    def _summed(self, scores: Tensor, pooling: Pooling, begin: int, end: int) -> Tensor:
+        """The sum of each position of these segments."""
+        rows = scores.double().contiguous()  # one memory layout, one rounding
+        return self.grouped(rows * rows if pooling is Pooling.RMS else rows + 0.0, end - begin).sum((1, 3))
 
     def spread(self, chosen: Tensor) -> Tensor:
         """[groups, positions] -> shape."""
@@ -52,14 +89,17 @@ class SupportUnits(Units):
 
     def collect(self, mask: Tensor) -> Tensor:
         """Shape -> [groups, positions], read at the first row of each group."""
-        return self._by_part(self.rows(mask)[..., 0])[:, :: self.group].flatten(0, 1)
+        return self._by_part(self.rows(mask)[..., 0])[:, :: self.group].flatten(0, 1).clone()  # keeps no mask alive
 
     def rows(self, tensor: Tensor) -> Tensor:
         """Shape -> [rows, positions, elements of a position in a row], rows in the row order."""
-        rows = self.layout.to_rows(tensor)
-        if self.positions is Positions.ELEMENT:
-            rows = rows.reshape(rows.shape[0], -1, 1)
+        rows = self._lines(tensor)
         return rows if self.row_order is None else rows.index_select(0, self.row_order.to(rows.device))
+
+    def _lines(self, tensor: Tensor) -> Tensor:
+        """As `rows`, in the natural order."""
+        rows = self.layout.to_rows(tensor)
+        return rows.reshape(rows.shape[0], -1, 1) if self.positions is Positions.ELEMENT else rows
 
     def group_sizes(self) -> Int64[Tensor, " segments"]:
         """Rows of each group (CPU)."""
@@ -71,11 +111,12 @@ class SupportUnits(Units):
         """Exact: k positions in every row."""
         return int(self.counts(target)[0]) * (self.numel // self.width)
 
-    def grouped(self, rows: Tensor) -> Tensor:
+    def grouped(self, rows: Tensor, segments: int | None = None) -> Tensor:
         """[rows, ...] -> [segments, group, ...]; rows missing in the last group (of a part) hold 0."""
-        missing = (self.segments * self.group - rows.shape[0]) // self._parts
+        count = self.segments if segments is None else segments
+        missing = (count * self.group - rows.shape[0]) // self._parts
         padded = pad(self._by_part(rows), (0, 0, 0, 0, 0, missing)) if missing else rows
-        return padded.reshape(self.segments, self.group, *rows.shape[1:])
+        return padded.reshape(count, self.group, *rows.shape[1:])
 
     def _by_part(self, rows: Tensor) -> Tensor:
         return rows.reshape(self._parts, -1, *rows.shape[1:])

@@ -17,6 +17,7 @@ from fxsparse.errors import ConfigError, DataError
 from fxsparse.nn import MaskedWeight
 from fxsparse.nn.sharded import is_sharded
 from fxsparse.sparsity.mask import Mask, MaskSet
+from fxsparse.training.gradients import Gradient, dense_of
 from fxsparse.training.updater import Method
 
 
@@ -93,9 +94,11 @@ def summed(tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> di
 
 @torch.no_grad()
 def average(
-    gradients: Mapping[str, Tensor | None], weights: Mapping[str, Tensor], group: dist.ProcessGroup | None
-) -> dict[str, Tensor | None]:
+    gradients: Mapping[str, Gradient | None], weights: Mapping[str, MaskedWeight], group: dist.ProcessGroup | None
+) -> dict[str, Gradient | None]:
     """The mean over ranks, as DDP averages: G / ranks, summed. A weight without G on some ranks counts as 0 there.
+
+    On several ranks G is made for all positions, one weight after the other.
 
     Raises:
         RuntimeError: the ranks cannot talk to each other.
@@ -103,15 +106,24 @@ def average(
     if group is None:
         return dict(gradients)
     ranks, averaged = dist.get_world_size(group), dict(gradients)
-    device = next(iter(weights.values())).device
+    device = next(iter(weights.values())).weight.device
     found = torch.tensor([gradient is not None for gradient in gradients.values()], dtype=torch.int32, device=device)
     dist.all_reduce(found, group=group)
-    for (name, gradient), count in zip(gradients.items(), found.tolist(), strict=True):
+    for name, count in zip(gradients, found.tolist(), strict=True):
         if count:
-            shared = torch.zeros_like(weights[name]) if gradient is None else gradient / ranks
+            gradient = dense_of(gradients[name])
+            shared = _zeros(weights[name]) if gradient is None else gradient / ranks
             dist.all_reduce(shared, group=group)
             averaged[name] = shared
     return averaged
+
+
+def _zeros(weight: MaskedWeight) -> Tensor:
+    """G of nothing, made without the other ranks."""
+    parameter = weight.weight
+    if weight.packed or is_sharded(parameter):
+        return torch.zeros(weight.shape, dtype=parameter.dtype, device=parameter.device)
+    return torch.zeros_like(parameter)
 
 
 def masks_digest(masks: Mapping[str, Bool[Tensor, "*shape"]]) -> int:

@@ -47,7 +47,7 @@ class Elastic(Periodic):
         if not self.soft:
             return {}
         return {
-            state.name: _shifted(state.target, state.weight.numel(), -self.extra(state.step))
+            state.name: _shifted(state.target, state.shape.numel(), -self.extra(state.step))
             for state in states
             if state.target is not None
         }
@@ -60,7 +60,7 @@ class Elastic(Periodic):
         alive = state.alive if of_weight(state.units) else state.alive[:1]
         if self.soft:
             return max(0, int(alive.sum()) - int(state.units.counts(target)[: len(alive)].sum()))
-        further = _shifted(target, state.weight.numel(), self.extra(state.step))
+        further = _shifted(target, state.shape.numel(), self.extra(state.step))
         return keep_count(alive.numel(), target.sparsity) - keep_count(alive.numel(), further.sparsity)
 
 

@@ -4,15 +4,32 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, overload
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fxsparse.nn import DenseGradients, MaskedWeight
 from fxsparse.nn.sharded import is_sharded, part, part_like, rebuilt
+from fxsparse.training.packed_gradient import PackedGradient, all_finite
+
+Gradient = Tensor | PackedGradient
+"""G of a weight; in alive-only storage what it is made of."""
+
+
+@overload
+def dense_of(gradient: Gradient) -> Tensor: ...
+@overload
+def dense_of(gradient: Gradient | None) -> Tensor | None: ...
+def dense_of(gradient: Gradient | None) -> Tensor | None:
+    """G for every position."""
+    return gradient.dense() if isinstance(gradient, PackedGradient) else gradient
+
+
+def is_finite(gradient: Gradient) -> bool:
+    """Whether G is finite everywhere."""
+    return gradient.is_finite() if isinstance(gradient, PackedGradient) else all_finite(gradient)
 
 
 class GradientWindow:
@@ -46,7 +63,7 @@ class GradientWindow:
         for name, each in kept.items():
             self._taps[name].gate(each)
 
-    def read(self) -> dict[str, Float[Tensor, "*shape"] | None]:
+    def read(self) -> dict[str, Gradient | None]:
         """The sum of each weight; None where no gradient arrived."""
         return {name: tap.read() for name, tap in self._taps.items()}
 
@@ -56,8 +73,8 @@ class _Tap:
 
     def __init__(self, weight: MaskedWeight) -> None:
         self.weight = weight
-        self.total: Tensor | None = None
-        self._arrived: Tensor | None = None  # the next total, until `.grad` takes the backward pass in
+        self.total: Gradient | None = None
+        self._arrived: Gradient | None = None  # the next total, until `.grad` takes the backward pass in
         self._hidden: DenseGradients | None = None
         self._hooks: list[RemovableHandle] = []
         self._settled: tuple[Tensor, int] | None = None
@@ -75,7 +92,7 @@ class _Tap:
             self._hooks = self._shards.watch()
             return
         if self.weight.spec.hides_gradient:  # else the parameter's own gradient is G
-            self._hidden = DenseGradients([self.weight.sink])
+            self._hidden = DenseGradients([self.weight.sink], defer=self.weight.packed)
             self._hidden.start()
         self._hooks = [
             parameter.register_hook(weakly(self.arrive)),  # type: ignore[no-untyped-call]  # torch
@@ -94,7 +111,7 @@ class _Tap:
         if self._shards is not None:
             self._shards.kept = kept
 
-    def read(self) -> Tensor | None:
+    def read(self) -> Gradient | None:
         """The sum; of a sharded weight this rank's own, of which the mean over ranks is G."""
         return self.total if self._shards is None else self._shards.total()
 
@@ -102,13 +119,26 @@ class _Tap:
     def arrive(self, gradient: Tensor) -> None:
         """Add one backward pass: what reached the parameter, and what the mask hid from it."""
         gradient = (gradient.to_dense() if gradient.is_sparse else gradient).detach()
-        gradient = self.weight.dense(gradient)
+        before = None if self.total is None or self._cleared() else self.total
+        if self.weight.packed:
+            self._arrived = self._packed(gradient, before if isinstance(before, PackedGradient) else None)
+            return
+        assert not isinstance(before, PackedGradient)
+        hidden = None if self._hidden is None else self._hidden.read(self.weight.sink)
+        if hidden is not None:
+            gradient = torch.where(self.weight.mask, gradient, gradient + hidden)
         if self._hidden is not None:
-            hidden = self._hidden.read(self.weight.sink)
-            if hidden is not None:
-                gradient = torch.where(self.weight.mask, gradient, gradient + hidden)
             self._hidden.clear()
-        self._arrived = gradient.clone() if self.total is None or self._cleared() else self.total + gradient
+        if before is not None:
+            self._arrived = before + gradient
+        else:
+            self._arrived = gradient.clone() if hidden is None else gradient
+
+    def _packed(self, gradient: Tensor, before: PackedGradient | None) -> PackedGradient:
+        assert self._hidden is not None
+        hidden = self._hidden.summands(self.weight.sink)
+        self._hidden.clear()
+        return PackedGradient.of(self.weight, gradient, hidden) if before is None else before.plus(gradient, hidden)
 
     def settle(self, parameter: Tensor) -> None:
         """Take the backward pass in, which `torch.autograd.grad` never reaches, and remember `.grad` as it left it."""
@@ -199,7 +229,7 @@ class Shards:
 
 
 def step_factors(
-    gradients: Mapping[str, Tensor | None], given: Mapping[str, Tensor | None], masks: Mapping[str, Tensor]
+    gradients: Mapping[str, Gradient | None], given: Callable[[str], Tensor | None], masks: Callable[[str], Tensor]
 ) -> dict[str, float]:
     """By what loss scaling and clipping changed each weight's gradient, read at its largest alive entry.
 
@@ -211,12 +241,13 @@ def step_factors(
         masks: Alive entries.
     """
     found: dict[str, tuple[float, float]] = {}
-    for name, gradient in gradients.items():
-        own = given[name]
+    for name, each in gradients.items():
+        own, gradient = given(name), dense_of(each)
         if gradient is not None and own is not None and gradient.numel():
-            largest = (gradient * masks[name]).abs().argmax()
+            mask = masks(name)
+            largest = (gradient * mask).abs().argmax()
             before = gradient.flatten()[largest]
-            if bool(before) and bool(masks[name].flatten()[largest]):
+            if bool(before) and bool(mask.flatten()[largest]):
                 after = own.to_dense() if own.is_sparse else own
                 found[name] = (float(before.abs()), float(after.flatten()[largest] / before))
     common = max(found.values(), default=(0.0, 1.0))[1]

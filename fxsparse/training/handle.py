@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,13 +16,17 @@ from torch.utils.hooks import RemovableHandle
 
 from fxsparse.errors import ConfigError, DataError, FxSparseError
 from fxsparse.nn import MaskedWeight, masked_weights
+from fxsparse.nn.sharded import fill_zeros_
 from fxsparse.sparsity.counts import Target
 from fxsparse.sparsity.mask import Mask
 from fxsparse.training.distributed import check_equal_masks, masks_digest, process_group, unwrap
 from fxsparse.training.gradients import GradientWindow, step_factors
+from fxsparse.training.grown import Zero
 from fxsparse.training.held import Held
 from fxsparse.training.initial import targets_of
+from fxsparse.training.live_state import Later, States, live_state, step_gradient
 from fxsparse.training.optimizer_state import StateMover, reset_state_
+from fxsparse.training.packed_gradient import all_finite
 from fxsparse.training.records import Coverage, UpdateRecord, UpdateReport
 from fxsparse.training.state import WeightState
 from fxsparse.training.step_hooks import StepHooks
@@ -31,9 +36,9 @@ from fxsparse.training.upkeep import Upkeep
 _HANDLES: weakref.WeakKeyDictionary[Optimizer, weakref.ref[Handle]] = weakref.WeakKeyDictionary()
 
 
-def _dense_gradient(weight: MaskedWeight) -> Tensor | None:
-    gradient = weight.weight.grad
-    return None if gradient is None else weight.dense(gradient)
+def _of(masks: Mapping[str, Tensor], state: WeightState) -> Tensor:
+    found = masks.get(state.name)
+    return state.mask if found is None else found
 
 
 def handle_of(optimizer: Optimizer) -> Handle | None:
@@ -162,9 +167,8 @@ class Handle(StepHooks):
         self._records = [UpdateRecord(*record) for record in state_dict["records"]]
         self._expected = state_dict["masks"]
         self._coverage.load_state_dict(state_dict["explored"])
-        values = self._values()
         self._memory = {
-            name: {key: kept.to(values[name].device, copy=True) for key, kept in each.items()}
+            name: {key: kept.to(self._weights[name].weight.device, copy=True) for key, kept in each.items()}
             for name, each in state_dict["memory"].items()
         }
         self._targets = {n: None if t is None else Target(*t) for n, t in state_dict["targets"].items()}
@@ -218,10 +222,10 @@ class Handle(StepHooks):
         try:
             states = self._states()
             if self._watched:
-                for i, state in enumerate(states):
-                    if state.gradient is not None:
-                        self._memory[state.name] = memory = self.method.remember(state)
-                        states[i] = dataclasses.replace(state, memory=memory)
+                for state in states:
+                    if state.has_gradient:
+                        self._memory[state.name] = self.method.remember(state)
+                states = self._states()
             masks = self._exchanged(states) if self._masks_due else {}
         except FxSparseError:
             self.updates -= self._masks_due  # no mask has changed
@@ -229,29 +233,45 @@ class Handle(StepHooks):
         if self._masks_due:
             self._update(states, masks)
 
-    def _exchanged(self, states: list[WeightState]) -> dict[str, tuple[Tensor, Tensor | None]]:
+    def _exchanged(self, states: States) -> dict[str, tuple[Tensor, Tensor | None]]:
         """The new mask and row order of every weight; nothing is changed."""
         for state in states:
+            weight = self._weights[state.name]
+            if all_finite(weight.weight.detach() if weight.packed else state.weight):
+                continue
             if bad := int((~state.weight[state.mask].isfinite()).sum()):
                 raise DataError(
                     f"mask update of `{state.name}` at step {self.step}: the weight holds NaN or Inf (={bad} values); "
                     "the training has diverged: go back to a checkpoint and lower the learning rate"
                 )
-        grouped = [self.method.regrouped(state) for state in states]
-        blind = {state.name for state in grouped if state.gradient is None and self.method.needs_gradient}
-        masks = self.method.update([state for state in grouped if state.name not in blind])
-        return {
-            state.name: (masks.get(state.name, state.mask), state.row_order)
-            for state in grouped
-            if state.name not in blind
-        }
+        states = self._regrouped(states)
+        masks = self.method.update(states)
+        return {state.name: (_of(masks, state), state.row_order) for state in states}
 
-    def _update(self, states: list[WeightState], masks: Mapping[str, tuple[Tensor, Tensor | None]]) -> None:
+    def _regrouped(self, states: States) -> States:
+        """The weights that an update can see, with their rows in new groups."""
+        seen, moved = [], {}
+        for state in states:
+            found = self.method.regrouped(state)
+            if found is not state:
+                moved[state.name] = found.replaced() if self._weights[state.name].packed else found
+            if state.has_gradient or not self.method.needs_gradient:
+                seen.append(state.name)
+
+        def made(name: str) -> WeightState:
+            if name not in moved:
+                return states.of(name)
+            return moved[name].replaced() if self._weights[name].packed else moved[name]
+
+        return States(seen, made)
+
+    def _update(self, states: States, masks: dict[str, tuple[Tensor, Tensor | None]]) -> None:
         """Write one exchange of every weight, after the optimizer step."""
         whole: set[str] = set()
         for state in states:
-            mask, row_order = masks.get(state.name, (state.mask, None))
-            whole.update(self._change(state, mask, None if row_order is state.row_order else row_order))
+            mask, row_order = masks.pop(state.name, (None, None))
+            kept = row_order is state.row_order
+            whole.update(self._change(state, state.mask if mask is None else mask, None if kept else row_order))
         self._coverage.see(self._masks())
         self._lead()
         check_equal_masks(self._masks(), self.step, process_group(self.model))
@@ -264,49 +284,59 @@ class Handle(StepHooks):
                 stacklevel=6,
             )
 
-    def _states(self) -> list[WeightState]:
-        """Every weight as the method sees it now, in the model's order."""
+    def _states(self) -> States:
+        """Every weight as the method sees it now, in the model's order; alive-only storage is spread when read."""
         groups = {id(each): group for group in self.optimizer.param_groups for each in group["params"]}
-        steps = {name: _dense_gradient(weight) for name, weight in self._weights.items()}
-        given = {name: steps[name] for name in self._gradients}
-        factors = step_factors(self._gradients, given, self._masks())
-        return [
-            WeightState(
-                name=name,
-                index=index,
-                step=self.step,
-                update=self.updates,
-                seed=self.method.seed,
-                weight=weight.dense(weight.weight.detach()),
-                mask=weight.mask,
-                pattern=weight.spec.pattern,
-                layout=weight.spec.layout,
-                row_order=weight.row_order,
-                gradient=self._gradients.get(name),
-                step_gradient=steps[name],
-                factor=factors.get(name, 1.0),
-                memory=self._memory.get(name, {}),
-                explored=self._coverage.of(name, weight.mask),
-                target=self._targets[name],
-                options={k: v for k, v in groups[id(weight.weight)].items() if k != "params"},
-                last=index == len(self._weights) - 1,
-            )
-            for index, (name, weight) in enumerate(self._weights.items())
-        ]
+        factors = functools.cache(self._factors)
+        kept = {name: self._state(name, groups, factors) for name, each in self._weights.items() if not each.packed}
+        return States(tuple(self._weights), lambda name: kept.get(name) or self._state(name, groups, factors))
+
+    def _state(
+        self, name: str, groups: Mapping[int, Mapping[str, Any]], factors: Callable[[], Mapping[str, float]]
+    ) -> WeightState:
+        weight, index = self._weights[name], list(self._weights).index(name)
+        return live_state(
+            weight,
+            self._gradients.get(name),
+            index=index,
+            step=self.step,
+            update=self.updates,
+            seed=self.method.seed,
+            factor=Later(lambda: factors().get(name, 1.0), kept=True),
+            memory=self._memory.get(name, {}),
+            explored=Later(lambda: self._coverage.of(name, weight.mask)),
+            target=self._targets[name],
+            options={k: v for k, v in groups[id(weight.weight)].items() if k != "params"},
+            last=index == len(self._weights) - 1,
+        )
+
+    def _factors(self) -> dict[str, float]:
+        return step_factors(
+            self._gradients,
+            lambda name: step_gradient(self._weights[name]),
+            lambda name: self._weights[name].mask,
+        )
 
     def _change(self, state: WeightState, mask: Tensor, row_order: Tensor | None = None) -> list[str]:
         """Write one mask, the values of grown weights and the optimizer state; the state that was reset as a whole."""
-        weight, before = self._weights[state.name], state.mask.clone()
+        weight, grown = self._weights[state.name], self.method.grown
+        before = state.mask.clone()
         self._records.append(UpdateRecord.of(self.step, state.name, Mask(before), Mask(mask)))
-        changed, new = before ^ mask, mask & ~before
+        changed = before ^ mask
         if row_order is None and not bool(changed.any()):
             return []
-        values = self.method.grown.values(dataclasses.replace(state, mask=before), new)
+        if weight.packed and type(grown) is Zero:
+            del changed, before
+            weight.set_mask_(mask, row_order)
+            return []  # the state moved with the mask, and what grew is zero
+        new = changed & mask
+        values = None if type(grown) is Zero else grown.values(state.replaced(mask=before), new)
         weight.set_mask_(mask, row_order)
-        weight.write_(torch.where(new, values, weight.dense(weight.weight)))
-        if weight.packed:
-            return []  # the state moved with the mask
-        return reset_state_(self.optimizer, weight.weight, changed)
+        if values is None:
+            fill_zeros_(weight.weight, new)
+        else:
+            weight.write_(torch.where(new, values, weight.dense(weight.weight)))
+        return [] if weight.packed else reset_state_(self.optimizer, weight.weight, changed)
 
     def _lead(self) -> None:
         for follower in self._followers:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -64,8 +63,8 @@ class Regroup:
         order = new_row_order(units, self._profile(state, saliency), kept, saliency.pooling)
         if order is None:
             return state
-        moved = dataclasses.replace(state, row_order=order)  # a new object: nothing cached of the old groups travels
-        return dataclasses.replace(moved, mask=moved.units.spread(segment_top_k(moved.scores(saliency), alive)))
+        moved = state.replaced(row_order=order)  # a new object: nothing cached of the old groups travels
+        return moved.replaced(mask=moved.units.spread(segment_top_k(moved.scores(saliency), alive)))
 
     def _profile(self, state: WeightState, saliency: Saliency) -> Float[Tensor, "*shape"]:
         scores = state.element_scores(saliency) * state.mask

@@ -21,6 +21,7 @@ from fxsparse.sparsity import generator
 from fxsparse.sparsity.mask import Mask
 from fxsparse.training.distributed import masks_digest, process_group, unwrap
 from fxsparse.training.handle import Handle
+from fxsparse.training.live_state import States
 from fxsparse.training.optimizer_state import reset_state_, zero_state_
 from fxsparse.training.records import UpdateRecord
 from fxsparse.training.resu import RESU
@@ -299,16 +300,16 @@ class ResuHandle(Handle):
         else:
             self.optimizer.state.pop(weight, None)
 
-    def _states(self) -> list[WeightState]:
+    def _states(self) -> States:
         """As in `Handle`, with what the phase knows: T, and the inputs that were seen."""
         seen = self._inputs.statistics() if self._inputs.seen and self._masks_due else {}
-        states = []
+        states = {}
         for state in super()._states():
             trained = {"trained": self._units[state.name].trainable.clone()}
             statistics = seen.get(state.name, {})
             memory = {**state.memory, **trained, **statistics}
-            states.append(dataclasses.replace(state, memory=memory, inputs=statistics.get("norm", state.inputs)))
-        return states
+            states[state.name] = state.replaced(memory=memory, inputs=statistics.get("norm", state.inputs))
+        return States(tuple(states), states.__getitem__)
 
     def _change(self, state: WeightState, mask: Tensor, row_order: Tensor | None = None) -> list[str]:
         unit = self._units[state.name]
@@ -337,7 +338,7 @@ class ResuHandle(Handle):
         scale, trained = self._scales[state.name], state.memory["trained"]
         return theta_start(self.method.init, scale, state.mask, trained, source).to(state.weight)
 
-    def _update(self, states: list[WeightState], masks: Any) -> None:
+    def _update(self, states: States, masks: Any) -> None:
         super()._update(states, masks)
         committed = [cycle for event, cycle in self.method.timeline.events(self.step) if event is Phase.COMMIT]
         if not committed:
@@ -371,7 +372,9 @@ class ResuHandle(Handle):
                     callback(self.model, cycle.index)
         finally:
             self._paused = False
-        dead = [name for name, values in self._values().items() if bool(values[~self._weights[name].mask].any())]
+        dead = [
+            name for name, each in self._weights.items() if bool(each.dense(each.weight.detach())[~each.mask].any())
+        ]
         if dead or before != masks_digest(self._masks()):
             what = f"wrote dead entries of {', '.join(dead)}" if dead else "changed masks"
             raise DataError(f"the callback at the pause of cycle {cycle.index} {what}; it must leave both as they are")

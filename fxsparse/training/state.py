@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -17,6 +17,7 @@ from fxsparse.sparsity.layout import Layout
 from fxsparse.sparsity.pattern import Pattern
 from fxsparse.sparsity.random import generator, random_scores
 from fxsparse.sparsity.saliency import Saliency
+from fxsparse.sparsity.shared_support import SupportUnits
 from fxsparse.sparsity.units import Pooling, Units
 
 
@@ -69,14 +70,33 @@ class WeightState:
     last: bool = False
 
     @property
+    def shape(self) -> torch.Size:
+        """Shape of the weight."""
+        return self.weight.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weight."""
+        return self.weight.device
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether there is a G."""
+        return self.gradient is not None
+
+    @property
     def spec(self) -> WeightSpec:
         """The weight as distributions see it."""
-        return WeightSpec(self.name, tuple(self.weight.shape), self.layout, self.pattern)
+        return WeightSpec(self.name, tuple(self.shape), self.layout, self.pattern)
+
+    def replaced(self, **changes: Any) -> Self:
+        """A new state with other values of these attributes."""
+        return replace(self, **changes)
 
     @cached_property
     def units(self) -> Units:
         """The weight as segments of units that live or die as wholes."""
-        return self.pattern.units(tuple(self.weight.shape), self.layout, self.row_order)
+        return self.pattern.units(tuple(self.shape), self.layout, self.row_order)
 
     @cached_property
     def alive(self) -> Bool[Tensor, "segments width"]:
@@ -90,14 +110,32 @@ class WeightState:
             ConfigError: the saliency needs a gradient or input norms that nobody collected.
             DataError: a score is NaN.
         """
-        return self.units.pool(self.element_scores(saliency), saliency.pooling)
+        units, gradient = self.units, self.gradient if saliency.needs_gradient else None
+        fits = gradient.shape == self.shape if gradient is not None else not saliency.needs_gradient
+        if not (saliency.elementwise and isinstance(units, SupportUnits) and fits):
+            return units.pool(self.element_scores(saliency), saliency.pooling)
+        factor = self.factor if saliency.needs_scale and gradient is not None else 1.0
+
+        def scores(weight: Tensor, *gradients: Tensor) -> Tensor:
+            own = gradients[0] if gradients else None
+            return saliency.score(weight, own if own is None or factor == 1.0 else factor * own)
+
+        given = self._read(saliency), *(() if gradient is None else (gradient,))
+        return units.pool_made(scores, given, saliency.pooling)
 
     def element_scores(self, saliency: Saliency) -> Shaped[Tensor, "*shape"]:
         """The saliency of every element."""
         inputs = {"inputs": self.inputs} if saliency.needs_inputs else {}
-        scaled = saliency.needs_scale and self.gradient is not None and self.factor != 1.0
-        gradient = self.factor * self.gradient if scaled and self.gradient is not None else self.gradient
-        return saliency.score(self.weight, gradient, self.generator("saliency"), **inputs)
+        gradient = self.gradient if saliency.needs_gradient else None
+        if saliency.needs_scale and gradient is not None and self.factor != 1.0:
+            gradient = self.factor * gradient
+        return saliency.score(self._read(saliency), gradient, self.generator("saliency"), **inputs)
+
+    def _read(self, saliency: Saliency) -> Tensor:
+        """The weight; where only its shape counts, without values."""
+        if saliency.reads_weight:
+            return self.weight
+        return torch.zeros((), device=self.device).expand(self.shape)
 
     def pooled(self, scores: Shaped[Tensor, "*shape"], pooling: Pooling = Pooling.RMS) -> Shaped[Tensor, "segments u"]:
         """The score of every unit from scores of elements."""
@@ -105,7 +143,7 @@ class WeightState:
 
     def draws(self, purpose: str) -> Float[Tensor, "segments width"]:
         """Float64 draws of U(0, 1) for every unit; their top-k is a random k-subset."""
-        return random_scores((self.units.segments, self.units.width), self.generator(purpose)).to(self.weight.device)
+        return random_scores((self.units.segments, self.units.width), self.generator(purpose)).to(self.device)
 
     def generator(self, purpose: str) -> torch.Generator:
         """A CPU generator that depends on nothing but seed, weight, update and purpose."""

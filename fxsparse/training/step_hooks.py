@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,12 +17,13 @@ from fxsparse.nn import MaskedWeight
 from fxsparse.nn.select import keep_
 from fxsparse.nn.sharded import part
 from fxsparse.training.distributed import average, process_group, unwrap
-from fxsparse.training.gradients import GradientWindow
+from fxsparse.training.gradients import Gradient, GradientWindow, is_finite
 from fxsparse.training.held import Held
+from fxsparse.training.live_state import Made
 from fxsparse.training.updater import Method, NonFinite
 from fxsparse.training.upkeep import Upkeep
 
-Gradients = dict[str, Tensor | None]
+Gradients = dict[str, Gradient | None]
 
 
 class StepHooks(abc.ABC):
@@ -63,8 +64,8 @@ class StepHooks(abc.ABC):
         self._aside: list[tuple[nn.Parameter, Tensor]] = []
         self._masks_due = self._watched = self._skipped = False
 
-    def _masks(self) -> dict[str, Tensor]:
-        return {name: weight.mask for name, weight in self._weights.items()}
+    def _masks(self) -> Mapping[str, Tensor]:
+        return Made(tuple(self._weights), lambda name: self._weights[name].mask)
 
     def _watch(self) -> None:
         """Collect gradients on the way to the next step where that is a step that needs them."""
@@ -117,7 +118,7 @@ class StepHooks(abc.ABC):
             if gradient is not None and not gradient.is_sparse and not weight.has_masked_gradient:
                 keep_(gradient, weight.mask)
         if self._watched:
-            self._gradients = average(self._window.read(), self._values(), process_group(self.model))
+            self._gradients = average(self._window.read(), self._weights, process_group(self.model))
             self._check_collected()
             self._skipped = self._skipped or self._overflown()
         if self._skipped or (self._masks_due and self.method.replaces_step):
@@ -125,7 +126,7 @@ class StepHooks(abc.ABC):
 
     def _overflown(self) -> bool:
         """Whether the step is left out because of a gradient that is not finite."""
-        names = [n for n, each in self._gradients.items() if each is not None and not bool(each.isfinite().all())]
+        names = [n for n, each in self._gradients.items() if each is not None and not is_finite(each)]
         if not names:
             return False
         what = f"non-finite gradient at step {self.step + 1} in {', '.join(f'`{name}`' for name in names)}"
@@ -178,6 +179,3 @@ class StepHooks(abc.ABC):
         finally:
             self._clear()
             self._watch()
-
-    def _values(self) -> dict[str, Tensor]:
-        return {name: weight.dense(weight.weight.detach()) for name, weight in self._weights.items()}

@@ -348,3 +348,26 @@ def test_nothing_of_dense_size_stays_between_two_steps() -> None:
     gc.collect()
     found = [each for each in tensors() if id(each) not in others and each.numel() in sizes]
     assert run.handle.updates and not [tuple(each.shape) for each in found]
+
+
+@pytest.mark.parametrize("optimizer", [MOMENTUM, ADAMW])
+def test_gradual_pruning_goes_on_while_the_loss_of_the_last_step_is_held(optimizer) -> None:
+    runs = []
+    for storage in ("sparse", "alive"):
+        run = Run(
+            optimizer,
+            fxsparse.GMP(sparsity=0.8, initial_sparsity=0.3, every=3, initial=fxsparse.sparsity.Magnitude()),
+            storage,
+        )
+        seen: list[torch.Size] = []
+        run.model[5].weight.register_post_accumulate_grad_hook(lambda weight, seen=seen: seen.append(weight.grad.shape))
+        loss = None  # the old loss holds the old graph until the next one is there
+        for step in range(12):
+            run.optimizer.zero_grad()
+            loss = run.model(torch.full((6, 4, 3, 3), 0.1 * step, dtype=torch.float64)).square().mean()
+            loss.backward()
+            run.optimizer.step()
+        assert len(seen) == 12 and len(set(seen)) == (1 if storage == "sparse" else 4)
+        runs.append(run.dense() if storage == "alive" else run)
+    for own, other in zip(runs[0].model.parameters(), runs[1].model.parameters(), strict=True):
+        torch.testing.assert_close(own, other, **CLOSE)

@@ -27,7 +27,9 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from fxsparse.errors import DataError
 from fxsparse.nn import Linear, masks
 from fxsparse.training import SET, RigL, attach
-from fxsparse.sparsity import MaskSet
+from fxsparse.training.alive_only import restore_dense, store_alive
+from fxsparse.training.packed_gradient import PackedGradient
+from fxsparse.sparsity import MaskSet, SharedSupport, Uniform
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
@@ -39,25 +41,27 @@ def dyadic(*shape, seed):
     return torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(seed)).double() / 8
 
 
-def train(method, wrap_first, accumulate, sabotage=False, buckets=False):
+def train(method, wrap_first, accumulate, sabotage=False, buckets=False, samples=64, alive=False):
     model = torch.nn.Sequential(Linear(6, 10, bias=False), Linear(10, 4, bias=False)).double()
     with torch.no_grad():
         model[0].weight.copy_(dyadic(10, 6, seed=1))
         model[1].weight.copy_(dyadic(4, 10, seed=2))
     optimizer = torch.optim.SGD(model.parameters(), lr=2.0**-6)
-    x, y = dyadic(64, 6, seed=3)[rank::ranks], dyadic(64, 4, seed=4)[rank::ranks]
+    x, y = dyadic(64, 6, seed=3)[:samples][rank::ranks], dyadic(64, 4, seed=4)[:samples][rank::ranks]
     outer = model
     kwargs = {"broadcast_buffers": False} if sabotage else {}
     wrap = lambda: DDP(model, gradient_as_bucket_view=buckets, **kwargs) if ranks > 1 else model
     if wrap_first:
         outer = wrap()
     handle = attach(outer, optimizer, method)
+    if alive:
+        store_alive(handle)
     if not wrap_first:
         outer = wrap()
     if sabotage and rank == 1:
         with torch.no_grad():
             model[0].weight_mask.copy_(model[0].weight_mask.flip(0))
-    for _ in range(5):
+    for step in range(5):
         optimizer.zero_grad()
         parts = list(zip(x.chunk(accumulate), y.chunk(accumulate)))
         for i, (a, b) in enumerate(parts):
@@ -67,8 +71,13 @@ def train(method, wrap_first, accumulate, sabotage=False, buckets=False):
                     (model(a) * b).sum().mul(ranks / 64).backward()
             else:
                 loss.backward()
+        if alive and step % 2 == 1 and ranks > 1:  # G of a short input is kept as its factors until ranks share it
+            totals = [tap.total for tap in handle._window._taps.values()]
+            assert all(isinstance(each, PackedGradient) and each.passes for each in totals)
         optimizer.step()
     assert handle.updates == 2
+    if alive:
+        restore_dense(handle)
     digest = MaskSet(masks(model)).digest()
     weights = [[float(v) for v in p.detach().flatten()] for p in model.parameters()]
     return [digest, weights, [list(r) for r in map(lambda r: (r.step, r.dropped, r.grown), handle.report())]]
@@ -81,6 +90,10 @@ found = {
     "rigl, accumulated": train(rigl, True, 4),
     "rigl, bucket views": train(rigl, True, 2, buckets=True),
     "rigl, step kept": train(RigL(sparsity=0.5, every=2, end=100, alpha=0.5, replaces_step=False), True, 1),
+    "rigl, alive only": train(
+        RigL(sparsity=0.5, every=2, end=100, alpha=0.5, pattern=SharedSupport(2), distribution=Uniform()),
+        False, 1, samples=2, alive=True,
+    ),
     "set": train(SET(sparsity=0.5, every=2), True, 1),
 }
 if ranks > 1:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -132,13 +133,15 @@ def refused(act):
 found = {}
 mode = sys.argv[2]
 if mode == "train":
-    found = {name: train(name) for name in METHODS}
-    found["accumulated"] = train("rigl, step kept", 2)
-    found["accumulated, synchronised"] = train("rigl, step kept", 2, "sync each")
-    found["thrown away"] = train("rigl, step kept", 2, "thrown away")
-    found["in place"] = train("rigl, step kept", 2, "in place")
-    found["clipped"] = train("rigl, step kept", 1, "norm")
-    found["adamw"] = train("rigl", sgd=False)
+    cases = {name: (name,) for name in METHODS} | {
+        "accumulated": ("rigl, step kept", 2),
+        "accumulated, synchronised": ("rigl, step kept", 2, "sync each"),
+        "thrown away": ("rigl, step kept", 2, "thrown away"),
+        "in place": ("rigl, step kept", 2, "in place"),
+        "clipped": ("rigl, step kept", 1, "norm"),
+        "adamw": ("rigl", 1, None, False),
+    }
+    found = {name: train(*cases[name]) for name in sys.argv[3:] or cases}
 if mode == "train" and ranks > 1:
     model = spread(net())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -195,10 +198,10 @@ def start(folder: Path, ranks: int, *mode: str) -> subprocess.CompletedProcess[s
     )
 
 
-def launch(folder: Path, ranks: int, mode: str) -> list[dict[str, Any]]:
-    run = start(folder, ranks, mode)
+def launch(folder: Path, ranks: int, *mode: str) -> list[dict[str, Any]]:
+    run = start(folder, ranks, *mode)
     assert run.returncode == 0, run.stderr
-    return [json.loads((folder / f"{mode}-{ranks}-{rank}.json").read_text()) for rank in range(ranks)]
+    return [json.loads((folder / f"{mode[0]}-{ranks}-{rank}.json").read_text()) for rank in range(ranks)]
 
 
 def assert_alike(found: list[Any], expected: list[Any], name: str) -> None:
@@ -207,20 +210,33 @@ def assert_alike(found: list[Any], expected: list[Any], name: str) -> None:
         assert own == pytest.approx(other, rel=0, abs=1e-9), name
 
 
+FOUR = ("rigl", "rigl, shared", "snfs", "srigl", "accumulated, synchronised", "clipped")
+
+
+def assert_equal_to(single: dict[str, Any], every: list[dict[str, Any]], names: Iterable[str]) -> None:
+    assert all(each == every[0] for each in every[1:])
+    for name in names:
+        assert_alike(every[0][name], single[name], name)
+    assert "masks differ between ranks" in every[0]["sabotage"]
+    assert "replaced after attach" in every[0]["too late"]
+
+
 def test_sharded_training_equals_one_process(tmp_path: Path) -> None:
     [single] = launch(tmp_path, 1, "train")
     assert len({single[name][0] for name in ("rigl", "set", "gmp", "snfs", "rigl, shared")}) == 5
     assert single["accumulated"][0] == single["accumulated, synchronised"][0] == single["rigl, step kept"][0]
     assert single["thrown away"][0] == single["in place"][0] == single["accumulated"][0]
-    for ranks in (2, 4):
-        every = launch(tmp_path, ranks, "train")
-        assert all(each == every[0] for each in every[1:])
-        for name, expected in single.items():
-            assert_alike(every[0][name], expected, name)
-        assert "masks differ between ranks" in every[0]["sabotage"]
-        assert "replaced after attach" in every[0]["too late"]
+    assert_equal_to(single, launch(tmp_path, 2, "train"), single)
+    assert_equal_to(single, launch(tmp_path, 4, "train", *FOUR), FOUR)
 
 
+@pytest.mark.slow
+def test_four_processes_train_every_case_as_one(tmp_path: Path) -> None:
+    [single] = launch(tmp_path, 1, "train")
+    assert_equal_to(single, launch(tmp_path, 4, "train"), single)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("saved", "resumed"), [(2, 4), (4, 1)])
 def test_checkpoints_resume_with_another_world_size(tmp_path: Path, saved: int, resumed: int) -> None:
     whole = launch(tmp_path, saved, "save")[0]["save"]
@@ -228,11 +244,12 @@ def test_checkpoints_resume_with_another_world_size(tmp_path: Path, saved: int, 
         assert_alike(each["resume"], whole, f"{saved} -> {resumed}")
 
 
-def test_a_rank_that_dies_ends_the_others_and_the_checkpoint_goes_on(tmp_path: Path) -> None:
+def test_a_rank_that_dies_ends_the_others_and_the_checkpoint_goes_on_with_another_world_size(tmp_path: Path) -> None:
     died = start(tmp_path, 2, "save", "die")
     assert died.returncode != 0 and not list(tmp_path.glob("save-*"))
-    [single] = launch(tmp_path, 1, "resume")
     other = tmp_path / "whole"
     other.mkdir()
     [whole] = launch(other, 1, "save")
-    assert_alike(single["resume"], whole["save"], "after a death")
+    for ranks in (1, 4):
+        for each in launch(tmp_path, ranks, "resume"):
+            assert_alike(each["resume"], whole["save"], f"after a death, on {ranks}")
