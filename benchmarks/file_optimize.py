@@ -57,6 +57,12 @@ def stack() -> nn.Module:
     return nn.Sequential(*(part for _ in range(4) for part in (nn.Linear(1024, 1024), nn.ReLU())))
 
 
+def pixels() -> nn.Module:
+    """Four 1x1 convolutions at 14x14, 256 to 1024 channels and back."""
+    wide, narrow = (256, 1024), (1024, 256)
+    return nn.Sequential(*(part for shape in (wide, narrow) * 2 for part in (nn.Conv2d(*shape, 1), nn.ReLU())))
+
+
 def channels(model: nn.Module) -> None:
     """Half of the output channels of all layers but the last are zero, with their norms."""
     layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.BatchNorm2d)]
@@ -76,7 +82,7 @@ def heads(model: nn.Module) -> None:
 
 def shared(model: nn.Module) -> None:
     """Nine in ten inputs are dead, the same for 64 rows."""
-    for layer in [m for m in model.modules() if isinstance(m, nn.Linear)]:
+    for layer in [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]:
         for rows in layer.weight.split(64):
             rows[:, torch.randperm(rows.shape[1])[: int(0.9 * rows.shape[1])]] = 0
 
@@ -93,6 +99,7 @@ CASES: tuple[tuple[str, Callable[[], nn.Module], Callable[[nn.Module], None], tu
     ("encoder, half the heads and units", Encoder, heads, (64, 256)),
     ("linears, shared zeros 90 %", stack, shared, (1024,)),
     ("encoder, shared zeros 90 %", Encoder, shared, (64, 256)),
+    ("1x1 convolutions, shared zeros 90 %", pixels, shared, (256, 14, 14)),
     ("linears, scattered zeros 90 %", stack, scattered, (1024,)),
 )
 

@@ -153,23 +153,33 @@ def read_samples(path: Path, model: Any, example_inputs: Any, size: int = 32) ->
     Raises:
         DataError: the file cannot be read, or lacks an input.
     """
+    from zipfile import BadZipFile
+
     import numpy as np
     import torch
 
     from fxsparse.exporters.inputs import read_inputs
 
     try:
-        loaded = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise DataError(f"`calibration` (={path}) cannot be read ({error}): save it with numpy.savez") from error
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            held = None if isinstance(loaded, np.ndarray) else dict(loaded)
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise DataError(f"`calibration` (={path}) cannot be read ({why}): name a .npy or .npz file") from error
+    except (ValueError, EOFError, BadZipFile) as error:  # what is no array looks like a pickle
+        raise DataError(f"`calibration` (={path}) holds no plain arrays: save it with numpy.savez") from error
     inputs = read_inputs(model.eval(), example_inputs)
-    arrays: Mapping[str, Any] = {inputs.names[0]: loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+    arrays: Mapping[str, Any] = {inputs.names[0]: loaded} if held is None else held
     missing = [name for name in inputs.names if name not in arrays]
     if missing:
         raise DataError(
             f"`calibration` (={path}) lacks input `{missing[0]}`; it holds {', '.join(arrays) or 'nothing'}, the "
             f"model takes {', '.join(inputs.names)}"
         )
+    for name in inputs.names:
+        if arrays[name].dtype.kind not in "fiub":
+            raise DataError(f"`calibration` (={path}): `{name}` holds {arrays[name].dtype}, no numbers: save such")
     tensors = [torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in inputs.names]
     count = min((len(tensor) for tensor in tensors if tensor.ndim), default=0)
     step = size if inputs.batched else int(inputs.tensors[0].shape[0])

@@ -151,9 +151,12 @@ def verify_file(
 
     Raises:
         ExportError: a file cannot be read.
+        ConfigError: `tolerance` is negative or no number.
     """
+    from fxsparse.exporters.file_compare import check_tolerance
     from fxsparse.exporters.file_io import read_file
 
+    check_tolerance(tolerance)
     file = read_file(path)
     if isinstance(against, str | os.PathLike):
         other = read_file(against)
@@ -303,7 +306,7 @@ def _signature_check(file: OnnxFile, other: OnnxFile) -> Check:
 
 
 def _runs_check(file: OnnxFile, other: OnnxFile, tolerance: float | None, sizes: Mapping[str, int], seed: int) -> Check:
-    from fxsparse.exporters.file_compare import allowed_for, check_equal, differences, feeds_of, outputs_of
+    from fxsparse.exporters.file_compare import allowed_for, blind, check_equal, differences, feeds_of, outputs_of
     from fxsparse.exporters.file_inputs import read_signature
 
     try:
@@ -311,6 +314,7 @@ def _runs_check(file: OnnxFile, other: OnnxFile, tolerance: float | None, sizes:
         feeds = feeds_of(session, read_signature(other.model, sizes), seed=seed)
         expected = outputs_of(session, feeds)
         del session
+        unseen = blind(expected)
         found, constant = differences(expected, open_session(file.path), feeds)
         allowed = allowed_for(None, tolerance)
         check_equal(found, allowed, None)
@@ -318,6 +322,7 @@ def _runs_check(file: OnnxFile, other: OnnxFile, tolerance: float | None, sizes:
         return Check("parity", Status.FAILED, str(error))
     shapes = "; ".join(str([tuple(int(n) for n in np.shape(value)) for value in feed.values()]) for feed in feeds)
     little = ", though no output ever changes" if constant else ""
+    little += f", nothing of output {', '.join(map(str, unseen))}, which holds no finite number" if unseen else ""
     said = (
         f"worst |difference| {found.absolute:.2g}, relative {found.relative:.2g} of {allowed:.2g} allowed on {shapes}"
     )

@@ -18,7 +18,7 @@ from fxsparse.exporters.file_inputs import Feed
 from fxsparse.exporters.file_io import to_bytes
 from fxsparse.exporters.file_lower import Lowering
 from fxsparse.exporters.file_shapes import on_feed
-from fxsparse.exporters.file_supports import Layer, Support, layer_of, supports_of
+from fxsparse.exporters.file_supports import Layer, Support, forms_of, layer_of, supports_of
 from fxsparse.exporters.runtime import interleaved, open_session
 
 _FASTER = 1.05  # measured gains below this are noise
@@ -54,7 +54,8 @@ class LayerReport:
         density: alive fraction.
         form: "dense", "gather + matmul" or "gather + conv".
         group: rows of a group; None for a dense one.
-        k: columns of a group.
+        k: columns of a group, without that of a bias.
+        bias_inside: whether the bias is a column of the product.
         gain: dense over lowered time, of this layer alone; None where it was not asked.
         measured: whether the gain is a measurement.
         reason: why it stayed dense.
@@ -67,6 +68,7 @@ class LayerReport:
     form: str
     group: int | None = None
     k: int | None = None
+    bias_inside: bool = False
     gain: float | None = None
     measured: bool = False
     reason: str = ""
@@ -76,7 +78,8 @@ class LayerReport:
         gain = "" if self.gain is None else f", {'measured' if self.measured else 'expected'} {self.gain:.2f}x"
         if self.group is None:
             return f"{head}: no speed-up expected: {self.reason}{gain}" if self.reason else head
-        return f"{head}: groups of {self.group} rows with {self.k} inputs{gain}"
+        bias = ", its bias computed with the product" if self.bias_inside else ""
+        return f"{head}: groups of {self.group} rows with {self.k} inputs{bias}{gain}"
 
 
 def choose(model: ir.Model, feeds: Sequence[Feed], *, measure: bool, threads: int) -> Choice:
@@ -96,7 +99,8 @@ def choose(model: ir.Model, feeds: Sequence[Feed], *, measure: bool, threads: in
         if layer is None:
             continue
         points = _points(layer, found)
-        report, support = _decide(model, layer, points, found, cache, threads)
+        ways = [way for each in supports_of(layer) for way in forms_of(layer, each)]
+        report, support = _decide(model, layer, ways, points, found, cache, threads)
         choice.reports.append(report)
         if support is not None:
             choice.lowered[node] = layer, support
@@ -107,24 +111,25 @@ def choose(model: ir.Model, feeds: Sequence[Feed], *, measure: bool, threads: in
 def _decide(
     model: ir.Model,
     layer: Layer,
+    ways: Sequence[Support],
     points: Sequence[tuple[int, int, int]],
     found: Sequence[Sizes],
     cache: dict[tuple[object, ...], tuple[float, int]] | None,
     threads: int,
 ) -> tuple[LayerReport, Support | None]:
     report = LayerReport(layer.weight, layer.node.op_type, _shape(layer), layer.density, "dense")
-    supports = supports_of(layer)
-    if not supports:
+    if not ways:
         return replace(report, reason=_why_not(layer)), None
     if not points:
         return replace(report, reason="the sizes of its input are not known"), None
-    gain, best = _gain(model, layer, supports, points, found, cache, threads)
-    support, measured = supports[best], cache is not None
+    gain, best = _gain(model, layer, ways, points, found, cache, threads)
+    support, measured = ways[best], cache is not None
     if gain < (_FASTER if measured else WORTHWHILE):
         said = f"{'measured' if measured else 'expected'} {gain:.2f}x with groups of {support.group} rows"
         return replace(report, reason=said), None
-    form = "gather + conv" if layer.is_conv else "gather + matmul"
-    return replace(report, form=form, group=support.group, k=support.k, gain=gain, measured=measured), support
+    form = "gather + conv" if support.as_conv else "gather + matmul"
+    report = replace(report, form=form, group=support.group, k=support.k, bias_inside=support.inside)
+    return replace(report, gain=gain, measured=measured), support
 
 
 def _gain(
@@ -140,9 +145,17 @@ def _gain(
     expected = [expected_gain(layer, support, points) for support in supports]
     if cache is None:
         return max((gain, i) for i, gain in enumerate(expected))
-    tried = sorted(range(len(supports)), key=lambda i: -expected[i])[:_TRIED]
+    tried = _promising(supports, expected)
     keys = tuple(supports[i].key for i in tried)
-    key = (layer.node.op_type, layer.alive.shape, layer.parts, tuple(points), keys)
+    key = (
+        layer.node.op_type,
+        layer.alive.shape,
+        layer.parts,
+        layer.bias is None,
+        layer.adder is None,
+        tuple(points),
+        keys,
+    )
     if key not in cache:
         try:
             gains = _measured(model, layer, [supports[i] for i in tried], found, threads)
@@ -150,6 +163,16 @@ def _gain(
             gains = [expected[i] for i in tried]
         cache[key] = max((gain, i) for gain, i in zip(gains, tried, strict=True))
     return cache[key]
+
+
+def _promising(supports: Sequence[Support], expected: Sequence[float]) -> list[int]:
+    """Which to time: the best form of each of the best groups, and every form of the best one of those."""
+    order = sorted(range(len(supports)), key=lambda i: -expected[i])
+    first: dict[tuple[int, ...], int] = {}
+    for i in order:
+        first.setdefault(supports[i].key[:3], i)
+    best = supports[order[0]].key[:3]
+    return [*list(first.values())[:_TRIED], *(i for i in order[1:] if supports[i].key[:3] == best)]
 
 
 def _measured(
@@ -177,29 +200,34 @@ def _dtype(layer: Layer) -> np.dtype[Any]:
 
 
 def _single(model: ir.Model, layer: Layer, shape: tuple[int, ...], support: Support | None) -> ir.Model:
-    """A model of one layer, as it is or lowered."""
+    """A model of one layer with its bias, as it is or lowered."""
     dtype = layer.node.inputs[1].type if layer.node.inputs[1] is not None else None
     x = ir.Value(name="x", shape=ir.Shape(shape), type=dtype)
-    stored = [
-        None
-        if value is None
-        else ir.Value(name=f"w{i}", shape=value.shape, type=value.type, const_value=_tensor(value))
-        for i, value in enumerate(layer.node.inputs[1:])
-    ]
-    node = ir.node(layer.node.op_type, [x, *stored], {})
-    node.attributes.update(layer.node.attributes)
-    out = node.outputs[0]
-    out.name, out.type = "y", dtype
-    out.shape = ir.Shape([None] * len(shape))
-    graph = ir.Graph(
-        [x], [out], nodes=[node], initializers=[v for v in stored if v is not None], opset_imports=model.opset_imports
-    )
+    stored = [_copy(value, f"w{i}") for i, value in enumerate(layer.node.inputs[1:])]
+    nodes = [ir.node(layer.node.op_type, [x, *stored], {})]
+    nodes[0].attributes.update(layer.node.attributes)
+    bias = stored[1] if len(stored) > 1 else None
+    outputs = [None] * len(shape) if layer.is_conv else [*shape[:-1], layer.alive.shape[0]]
+    if layer.adder is not None:
+        stored.append(bias := _copy(layer.bias, "bias"))
+        nodes.append(ir.node("Add", [nodes[0].outputs[0], bias], {}))
+    for node, name in zip(nodes, ("y", "z"), strict=False):
+        out = node.outputs[0]
+        out.name, out.type, out.shape = name, dtype, ir.Shape(outputs)
+    kept = [value for value in stored if value is not None]
+    graph = ir.Graph([x], [out], nodes=nodes, initializers=kept, opset_imports=model.opset_imports)
     single = ir.Model(graph, ir_version=model.ir_version)
     if support is not None:
-        outputs = layer.alive.shape[0]
-        out.shape = ir.Shape([*shape[:-1], outputs]) if not layer.is_conv else out.shape
-        Lowering(single, {node: (replace(layer, node=node, weight="w0"), support)}).run()
+        adder = nodes[1] if layer.adder is not None else None
+        alone = replace(layer, node=nodes[0], weight="w0", bias=bias, adder=adder)
+        Lowering(single, {nodes[0]: (alone, support)}).run()
     return single
+
+
+def _copy(value: ir.Value | None, name: str) -> ir.Value | None:
+    if value is None:
+        return None
+    return ir.Value(name=name, shape=value.shape, type=value.type, const_value=_tensor(value))
 
 
 def _tensor(value: ir.Value) -> ir.TensorProtocol | None:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fxsparse.errors import ExportError
-from fxsparse.exporters.file_double import Runner
+from fxsparse.errors import ConfigError, ExportError
+from fxsparse.exporters.file_double import CannotRun, Runner
 from fxsparse.exporters.file_inputs import Feed, Signature, fitting, flat
 from fxsparse.exporters.inputs import first_line
 
@@ -53,6 +53,7 @@ class Comparison:
         exact: the differences of their float64 copies; None where these do not run, `reason` says why.
         reason: why there is no float64 comparison.
         constant: whether every output was one number throughout, which shows little.
+        blind: outputs, by their places, that held no finite number anywhere.
     """
 
     samples: int
@@ -62,6 +63,7 @@ class Comparison:
     exact: Difference | None
     reason: str
     constant: bool
+    blind: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         sizes = ", ".join(map(str, self.batch_sizes))
@@ -70,6 +72,8 @@ class Comparison:
             if self.exact is not None
             else f"float64 was not compared: {self.reason}"
         )
+        if self.blind:
+            proof += f"; nothing is shown of output {', '.join(map(str, self.blind))}, which holds no finite number"
         return (
             f"worst |difference| {self.single.absolute:.2g}, relative {self.single.relative:.2g} of "
             f"{self.allowed:.2g} allowed on {self.samples} samples in batches of {sizes}; {proof}"
@@ -102,12 +106,15 @@ def differences(outputs: Sequence[Sequence[Array]], runner: Runner, feeds: Seque
     """The worst difference of a model from given outputs over all runs, and whether no output ever changes.
 
     Raises:
+        CannotRun: nothing runs the model in float64.
         ExportError: the model stops, or gives other shapes or types.
     """
     worst = Difference()
     for expected, feed in zip(outputs, feeds, strict=True):
         try:
             got = flat(runner.run(None, feed))
+        except CannotRun:
+            raise
         except Exception as error:  # onnxruntime's errors share no base class
             shapes = ", ".join(f"{name} {value.shape}" for name, value in feed.items())
             raise ExportError(f"verification failed: it stops on inputs {shapes} ({first_line(error)})") from error
@@ -148,10 +155,37 @@ def _apart(a: Array, b: Array) -> Difference:
     return Difference(apart, apart / scale if scale else (np.inf if apart > 0 else 0.0))
 
 
+def blind(outputs: Sequence[Sequence[Array]]) -> tuple[int, ...]:
+    """The outputs, by their places, that hold entries but no finite number in any run.
+
+    Raises:
+        ExportError: no output holds one, so that nothing can be compared.
+    """
+    shown, found = set(), set()
+    for run in outputs:
+        for i, array in enumerate(run):
+            if array.dtype.kind != "f" or np.isfinite(array).any():
+                shown.add(i)
+            elif array.size:
+                found.add(i)
+    if found and not shown:
+        raise ExportError(
+            "the outputs hold no finite number on random inputs, so equality cannot be shown: mend the model, or leave "
+            "verification out"
+        )
+    return tuple(sorted(found - shown))
+
+
 def relative_to(exact: Sequence[Array], own: Sequence[Array]) -> float:
     """How far outputs are from those of the float64 copy, over the largest value of each."""
     pairs = [(a, b.astype(a.dtype)) for a, b in zip(exact, own, strict=True) if a.dtype.kind == b.dtype.kind == "f"]
     return max((_apart(a, b).relative for a, b in pairs if a.shape == b.shape), default=0.0)
+
+
+def check_tolerance(tolerance: float | None) -> None:
+    """Raise ConfigError where it is no relative difference."""
+    if tolerance is not None and not 0 <= tolerance < float("inf"):
+        raise ConfigError(f"`tolerance` (={tolerance}) must be a number of 0 or more, as in 1e-4")
 
 
 def allowed_for(own: float | None, tolerance: float | None) -> float:

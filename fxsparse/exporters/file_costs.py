@@ -19,6 +19,11 @@ _MOVED = 3e-4  # us for an entry that is transposed
 _COPIED = 1e-4  # us for an entry that is gathered in long runs
 _RUN = 3e-3  # us for one run of entries that is gathered
 _CALL = 0.1  # us for one small product of a batched one
+_ADDED = 2e-4  # us for an entry of a batched product's result that a bias is added to, by an operator of its own
+_ROW = 6e-3  # us for one row of it
+_PASSED = 5e-5  # us for an entry of any other product's
+_CACHED = 2**18  # entries that are copied fast, to put ones beside them
+_COPY = {False: (1e-4, 3e-4), True: (7e-5, 1.1e-4)}  # us for one of few and of many, of rows and of images
 WORTHWHILE = 1.15
 
 
@@ -46,7 +51,8 @@ def _product(multiply_adds: float, rows: int) -> float:
 
 def _dense(layer: Layer, rows: int) -> float:
     outputs, inputs = layer.alive.shape
-    return float(_NODE + _product(outputs * inputs * _taps(layer) * rows, rows))
+    added = 0.0 if layer.bias is None else outputs * rows * _PASSED + _NODE * (layer.adder is not None)
+    return float(_NODE + _product(outputs * inputs * _taps(layer) * rows, rows) + added)
 
 
 def dense_us(layer: Layer, points: Sequence[tuple[int, int, int]]) -> float:
@@ -61,11 +67,31 @@ def lowered_us(layer: Layer, support: Support, points: Sequence[tuple[int, int, 
 
 def _lowered(layer: Layer, support: Support, rows: int, entries: int, samples: int) -> float:
     outputs, inputs = layer.alive.shape
-    groups = support.columns.shape[0]
-    gathered, made = groups * support.k, support.rows.size
-    product = _product(made * support.k * _taps(layer) * rows, rows) / _LOWERED + _CALL * groups
+    groups, k = support.columns.shape[0], support.k + support.inside
+    gathered, made = groups * k, support.rows.size
+    product = _product(made * k * _taps(layer) * rows, rows) / _LOWERED + _CALL * groups
+    product += _bias(layer, support, made * rows, rows) + _ones(layer, support, entries)
     reordered = outputs * rows * _COPIED + _NODE if support.places is not None else 0.0
     if layer.is_conv:
         return float(2 * _NODE + gathered * (entries * _COPIED + samples * _RUN) + product + reordered)
     moved = (inputs + outputs) * rows * _MOVED if rows > 1 else 0.0
-    return float(4 * _NODE + moved + gathered * (rows * _COPIED + _RUN) + product + reordered)
+    nodes = 3 if support.as_conv else 4
+    return float(nodes * _NODE + moved + gathered * (rows * _COPIED + _RUN) + product + reordered)
+
+
+def _bias(layer: Layer, support: Support, results: int, rows: int) -> float:
+    """Microseconds to add a bias to the results, 0 where that is part of the product."""
+    if layer.bias is None or support.inside:
+        return 0.0
+    if support.as_conv:
+        return results * _PASSED
+    return _NODE + (results * _ADDED + results / rows * _ROW if rows > 1 else 0.0)
+
+
+def _ones(layer: Layer, support: Support, entries: int) -> float:
+    """Microseconds to copy the input with ones beside it."""
+    if not support.inside:
+        return 0.0
+    copied = layer.alive.shape[1] * layer.parts * entries
+    few, many = _COPY[layer.is_conv]
+    return float(_NODE + copied * (many if copied >= _CACHED else few))

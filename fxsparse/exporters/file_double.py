@@ -26,6 +26,10 @@ class Runner(Protocol):
         """All outputs, in order."""
 
 
+class CannotRun(ExportError):
+    """Nothing here runs a model in float64, which says nothing against the model."""
+
+
 def double(model: ir.Model) -> ir.Model:
     """A copy of a model that computes in float64.
 
@@ -56,7 +60,7 @@ def runner_of(model: ir.Model) -> Iterator[Runner]:
     """Something that runs a float64 model: onnxruntime, else ONNX's reference with torch's convolutions.
 
     Raises:
-        ExportError: neither can.
+        CannotRun: neither can.
     """
     message = to_bytes(model)
     try:
@@ -69,7 +73,7 @@ def runner_of(model: ir.Model) -> Iterator[Runner]:
     try:
         found = _reference(message)
     except Exception as error:  # whatever the reference meets
-        raise ExportError("float64 runs neither in onnxruntime nor in ONNX's reference") from error
+        raise CannotRun("float64 runs neither in onnxruntime nor in ONNX's reference") from error
     yield _Guarded(found)
 
 
@@ -84,7 +88,7 @@ class _Guarded:
         try:
             return self.inner.run(names, feed)
         except Exception as error:  # whatever the reference or onnxruntime meets
-            raise ExportError(f"float64 does not run ({first_line(error)})") from error
+            raise CannotRun(f"float64 does not run ({first_line(error)})") from error
 
 
 def _widen_nodes(nodes: Sequence[ir.Node], model: ir.Model) -> None:

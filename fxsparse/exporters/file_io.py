@@ -56,9 +56,9 @@ def read_file(path: str | os.PathLike[str]) -> OnnxFile:
         ExportError: the file is missing, is no ONNX, or a file that it names is missing, too short or elsewhere.
     """
     path = Path(path)
+    if not path.is_file():
+        raise ExportError(f"`path` (={path}): there is no such file")
     try:
-        if not path.is_file():
-            raise ValueError("there is no such file")
         model, inside = _deserialized(path)
         if not model.opset_imports or not (model.graph.outputs or len(model.graph)):
             raise ValueError("it has no graph")

@@ -69,11 +69,13 @@ def optimize_file(
             left behind, and what was at `out` stays.
         ConfigError: arguments that cannot be honoured; `out` is the source.
     """
+    from fxsparse.exporters.file_compare import check_tolerance
     from fxsparse.exporters.file_io import check_out, read_file
     from fxsparse.exporters.file_work import Options
 
     if not batches or min(batches) < 1 or threads < 1:
         raise ConfigError(f"`batches` (={tuple(batches)}) and `threads` (={threads}) must be 1 or more")
+    check_tolerance(tolerance)
     options = Options(
         channels, lower, measure, verify, latency, tuple(batches), threads, dict(sizes or {}), tolerance, seed
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 
-from fxsparse.exporters.file_graph import ONNX, Array, fixed, integer, sizes
+from fxsparse.exporters.file_graph import ONNX, Array, fixed, integer, integers, sizes, text
 
+Key = tuple[int, int, int, bool, bool]
 SMALLEST, LARGEST = 8, 256  # rows of a group
 _WIDEST = 0.75  # columns of a group over the inputs
 _FILLED = 1.5  # rows with those that fill groups, over the rows of the weight
@@ -23,17 +24,26 @@ class Layer:
         weight: name of its initializer.
         alive: which inputs a row has a weight for, bool [rows, inputs]; of a convolution its channels, of one group.
         parts: groups that the convolution has already; 1 elsewhere. Part i has the rows and inputs number i.
+        bias: a constant for each row that is added to the product.
+        adder: the Add that does so, where the product does not itself.
     """
 
     node: ir.Node
     weight: str
     alive: Array
     parts: int = 1
+    bias: ir.Value | None = None
+    adder: ir.Node | None = None
 
     @property
     def is_conv(self) -> bool:
         """Whether it is a convolution."""
         return self.node.op_type == "Conv"
+
+    @property
+    def result(self) -> ir.Value:
+        """The product with its bias."""
+        return (self.adder or self.node).outputs[0]
 
     @property
     def density(self) -> float:
@@ -49,11 +59,15 @@ class Support:
         rows: the rows of each group, [groups, group]; -1 fills a group that has fewer.
         columns: the columns of each group, [groups, k]; column 0 of the part fills one that has fewer.
         real: which of the columns are needed, bool [groups, k].
+        as_conv: whether the product becomes a grouped convolution, else a batched MatMul.
+        inside: whether the bias is one more column, which meets an input of ones, instead of an addition.
     """
 
     rows: Array
     columns: Array
     real: Array
+    as_conv: bool = False
+    inside: bool = False
 
     @property
     def group(self) -> int:
@@ -66,9 +80,9 @@ class Support:
         return int(self.columns.shape[1])
 
     @property
-    def key(self) -> tuple[int, int, int]:
-        """Names a support among those of one layer: groups, rows and columns of a group."""
-        return self.rows.shape[0], self.group, self.k
+    def key(self) -> Key:
+        """Names a support among those of one layer: groups, rows and columns of a group, and its form."""
+        return self.rows.shape[0], self.group, self.k, self.as_conv, self.inside
 
     @property
     def places(self) -> Array | None:
@@ -93,15 +107,34 @@ def layer_of(node: ir.Node) -> Layer | None:
     name = value.name or ""
     if node.op_type == "MatMul":
         rank = len(sizes(node.inputs[0]) or ())
-        return Layer(node, name, (weight != 0).T) if weight.ndim == 2 and rank >= 2 else None
+        if weight.ndim != 2 or rank < 2:
+            return None
+        return Layer(node, name, (weight != 0).T, 1, *_added(node, weight.shape[1], rank))
+    held = node.inputs[2] if len(node.inputs) > 2 else None
+    bias = fixed(held) if held is not None else np.zeros(1)
+    if bias is None:
+        return None
     if node.op_type == "Gemm":
         scaled = node.attributes.get_float("alpha", 1.0) != 1.0 or node.attributes.get_float("beta", 1.0) != 1.0
-        bias = fixed(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else np.zeros(1)
-        if scaled or integer(node, "transA", 0) or bias is None or (bias.ndim > 1 and bias.shape[0] != 1):
+        if scaled or integer(node, "transA", 0) or (bias.ndim > 1 and bias.shape[0] != 1):
             return None
-        return Layer(node, name, (weight != 0) if integer(node, "transB", 0) else (weight != 0).T)
+        return Layer(node, name, (weight != 0) if integer(node, "transB", 0) else (weight != 0).T, bias=held)
     alive = (weight != 0).reshape(*weight.shape[:2], -1).any(axis=2)
-    return Layer(node, name, alive, integer(node, "group", 1))
+    return Layer(node, name, alive, integer(node, "group", 1), held)
+
+
+def _added(node: ir.Node, rows: int, rank: int) -> tuple[ir.Value | None, ir.Node | None]:
+    """The constant that the only reader of a product adds to each of its rows."""
+    out = node.outputs[0]
+    uses = [] if out.is_graph_output() else list(out.uses())
+    if len(uses) != 1 or uses[0][0].op_type != "Add" or uses[0][0].domain not in ONNX:
+        return None, None
+    adder = uses[0][0]
+    other = adder.inputs[1 - uses[0][1]]
+    array = fixed(other)
+    if array is None or array.ndim > rank or array.size != rows or array.shape[-1:] != (rows,):
+        return None, None
+    return other, adder
 
 
 def supports_of(layer: Layer) -> list[Support]:
@@ -120,7 +153,37 @@ def supports_of(layer: Layer) -> list[Support]:
         order = _sorted(layer.alive)
         if order is not None and (np.diff(order) != 1).any():
             found += _uneven(layer, order, _runs(layer.alive[order]))
-    return found
+    first: dict[Key, Support] = {}
+    for support in found:
+        first.setdefault(support.key, support)
+    return [replace(support, as_conv=layer.is_conv) for support in first.values()]
+
+
+def forms_of(layer: Layer, support: Support) -> list[Support]:
+    """The same groups in every form that is legal.
+
+    onnxruntime has no convolution of float64 numbers. With an offset beside the first or with padding a channel of ones
+    would not be met everywhere.
+    """
+    dtype = _dtype(layer)
+    made = [support]
+    if layer.bias is not None and dtype in (ir.DataType.FLOAT, ir.DataType.DOUBLE):
+        made += [replace(support, inside=True)] if not layer.is_conv or _is_single(layer.node) else []
+    if not layer.is_conv and dtype == ir.DataType.FLOAT:
+        made.append(replace(support, as_conv=True))
+    return made
+
+
+def _dtype(layer: Layer) -> ir.DataType | None:
+    value = layer.node.inputs[1] if len(layer.node.inputs) > 1 else None
+    return value.dtype if value is not None else None
+
+
+def _is_single(node: ir.Node) -> bool:
+    """Whether a convolution reads single pixels, all of them of its input."""
+    kernel = (sizes(node.inputs[1]) or [])[2:]
+    padded = text(node, "auto_pad", "NOTSET") == "NOTSET" and any(integers(node, "pads") or [])
+    return all(size == 1 for size in kernel) and not padded
 
 
 def _even(layer: Layer) -> list[Support]:

@@ -24,7 +24,7 @@ from fxsparse.exporters.file_lower import Lowering
 from fxsparse.exporters.file_report import FileLatency
 from fxsparse.exporters.file_shapes import infer
 from fxsparse.exporters.file_sizes import join_transpositions, settle_sizes
-from fxsparse.exporters.file_supports import layer_of, supports_of
+from fxsparse.exporters.file_supports import Key, layer_of, supports_of
 from fxsparse.exporters.inputs import first_line
 from fxsparse.exporters.runtime import interleaved, open_session
 
@@ -61,7 +61,7 @@ class Work:
     shared: int = 0
     removal: Removal | None = None
     layers: list[LayerReport] = field(default_factory=list)
-    keys: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    keys: dict[str, Key] = field(default_factory=dict)
     channels: bool = True
     multiple: int = 1
     us: float = 0.0
@@ -135,16 +135,18 @@ def _chosen(compacted: Work, feeds: Sequence[Feed], options: Options) -> Work:
     return applied(compacted, keys) if keys else compacted
 
 
-def applied(compacted: Work, keys: Mapping[str, tuple[int, int, int]]) -> Work:
+def applied(compacted: Work, keys: Mapping[str, Key]) -> Work:
     """The same with some products lowered, by the names of their results and the keys of their supports."""
     model = compacted.model.clone()
     choices = {}
     for node in model.graph:
         wanted = keys.get(node.outputs[0].name or "") if node.outputs else None
         layer = layer_of(node) if wanted is not None else None
-        support = next((s for s in supports_of(layer) if s.key == wanted), None) if layer is not None else None
-        if layer is not None and support is not None:
-            choices[node] = layer, support
+        if layer is None or wanted is None:
+            continue
+        support = next((each for each in supports_of(layer) if each.key[:3] == wanted[:3]), None)
+        if support is not None:
+            choices[node] = layer, replace(support, as_conv=wanted[3], inside=wanted[4])
     Lowering(model, choices).run()
     remove_unused(model.graph)
     return replace(

@@ -14,7 +14,7 @@ from torch import nn
 from fxsparse.errors import ConfigError
 from fxsparse.exporters.runtime import interleaved, open_session
 from fxsparse.graph.channels_products import ProductKey, weight_products
-from fxsparse.passes.compact_channels import analysed
+from fxsparse.passes.compact_analysis import analysed
 from fxsparse.planning.compaction import captured_form, check_compactable, folded_form
 from fxsparse.planning.latency_table import LatencyGrid, LatencyTable
 

@@ -25,6 +25,7 @@ from fxsparse.graph.channels_groups import ChannelGroup as ChannelGroup
 from fxsparse.graph.channels_groups import Member as Member
 from fxsparse.graph.channels_groups import channel_groups, fixed_classes
 from fxsparse.graph.channels_moves import MOVES
+from fxsparse.graph.channels_norms import RULES as NORMS
 from fxsparse.graph.channels_recurrent import RECURRENT
 from fxsparse.graph.channels_rules import RULES, is_pointwise, pointwise, unknown
 from fxsparse.graph.mishaps import mishap
@@ -217,7 +218,7 @@ def _dims(flow: Flow, graph: OperatorGraph, node: fx.Node, sources: dict[str, Di
     return _applied(flow, node)
 
 
-_ALL = (MOVES, GATHERS, RECURRENT, RULES)
+_ALL = (MOVES, GATHERS, RECURRENT, NORMS, RULES)
 
 
 def _applied(flow: Flow, node: fx.Node) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from fxsparse.graph.channels_atoms import Dims, Labels
-from fxsparse.graph.channels_flow import Flow, axes_of, bound, op_of, shape_of, tensor_arguments
+from fxsparse.graph.channels_flow import Flow, bound, op_of, shape_of, tensor_arguments
 
 _ELEMENTWISE = frozenset(
     "hardswish hardsigmoid silu mish leaky_relu elu selu celu gelu relu relu6 hardtanh softplus softsign tanhshrink "
@@ -163,87 +163,9 @@ def _channels(
     return first
 
 
-def _norm_channels(flow: Flow, node: fx.Node) -> Any:
-    """BatchNorm and InstanceNorm: parameters and statistics along axis 1."""
-    a = bound(node)
-    dims = list(flow.of(a["input"]))
-    if a.get("training") or a.get("train"):
-        for labels in (*dims[:1], *dims[2:]):
-            flow.mix(node, labels, "norm", a["input"])
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        if isinstance(a.get(name), fx.Node) and len(dims) > 1:
-            dims[1] = flow.unite(node, dims[1], flow.of(a[name])[0])
-    if "use_input_stats" in a:
-        for labels in dims[2:]:
-            flow.mix(node, labels, "norm", a["input"])
-    return _several(node, tuple(dims))
-
-
-def _several(node: fx.Node, dims: Dims) -> Any:
+def several(node: fx.Node, dims: Dims) -> Any:
     """The result, or for operators that return statistics too a list whose first entry it is."""
     return dims if node.meta.get("shape") is not None else [dims]
-
-
-def _layer_norm(flow: Flow, node: fx.Node) -> Any:
-    a = bound(node)
-    dims = list(flow.of(a["input"]))
-    last = len(a["normalized_shape"])
-    for name in ("weight", "bias"):
-        if isinstance(a.get(name), fx.Node):
-            for axis, labels in zip(range(-last, 0), flow.of(a[name]), strict=True):
-                dims[axis] = flow.unite(node, dims[axis], labels)
-    kind = "layer_norm" if last == 1 and str(node.meta.get("path", "")) in flow.open_norms else "norm"
-    for axis in range(-last, 0):
-        flow.mix(node, dims[axis], kind, a["input"])
-    return _several(node, tuple(dims))
-
-
-def _group_norm(flow: Flow, node: fx.Node) -> Any:
-    a = bound(node)
-    groups = int(a["num_groups"] if "num_groups" in a else a["group"])
-    dims = list(flow.of(a["input"]))
-    for name in ("weight", "bias"):
-        if isinstance(a.get(name), fx.Node):
-            dims[1] = flow.unite(node, dims[1], flow.of(a[name])[0])
-    channels = shape_of(a["input"])[1]
-    inner = dims[1] if groups == 1 else None
-    if 1 < groups < channels:
-        inner = flow.atoms.split(dims[1], (groups, channels // groups))[1]
-    flow.mix(node, inner, "norm", a["input"])
-    for labels in dims[2:]:
-        flow.mix(node, labels, "norm", a["input"])
-    return _several(node, tuple(dims))
-
-
-def _mixing(kind: str) -> Rule:
-    """An operator along one dimension that keeps the shape (softmax, cumsum)."""
-
-    def rule(flow: Flow, node: fx.Node) -> Any:
-        a, source = bound(node), node.args[0]
-        assert isinstance(source, fx.Node)
-        dims = flow.of(source)
-        for axis in axes_of(a.get("dim"), len(dims)):
-            flow.mix(node, dims[axis], kind, source)
-        return _several(node, dims)
-
-    return rule
-
-
-def _reduction(kind: str) -> Rule:
-    def rule(flow: Flow, node: fx.Node) -> Any:
-        a, source = bound(node), node.args[0]
-        assert isinstance(source, fx.Node)
-        dims = flow.of(source)
-        reduced = axes_of(a.get("dim"), len(dims))
-        for axis in reduced:
-            flow.mix(node, dims[axis], kind, source)
-        if a.get("keepdim"):
-            result = tuple(None if axis in reduced else labels for axis, labels in enumerate(dims))
-        else:
-            result = tuple(labels for axis, labels in enumerate(dims) if axis not in reduced)
-        return result if node.meta.get("shape") is not None else [result, result]
-
-    return rule
 
 
 def spatial(kept: int) -> Rule:
@@ -282,7 +204,7 @@ def _attention(flow: Flow, node: fx.Node) -> Any:
             place = axis - len(batch) + len(own) - 2
             if place >= 0 and own[place] > 1:
                 batch[axis] = flow.unite(node, batch[axis], flow.of(mask)[place])
-    return _several(node, (*batch, None, v[-1]))
+    return several(node, (*batch, None, v[-1]))
 
 
 def _embedding(flow: Flow, node: fx.Node) -> Any:
@@ -325,19 +247,6 @@ def unknown(flow: Flow, node: fx.Node) -> Any:
     return None if shape is None else (None,) * len(shape)
 
 
-def _weight_norm(flow: Flow, node: fx.Node) -> Any:
-    """V g / |v|, the norm over all dimensions but one; a zero adds nothing to it."""
-    v, g = tensor_arguments(node)[:2]
-    dims = flow.of(v)
-    axis = int(bound(node)["dim"]) % len(dims)
-    for place, labels in enumerate(dims):
-        if place == axis and flow.of(g)[axis] is not None:
-            flow.unite(node, labels, flow.of(g)[axis])
-        elif place != axis:
-            flow.mix(node, labels, "sum", v)
-    return _several(node, dims)
-
-
 def fixed(flow: Flow, node: fx.Node) -> Any:
     """Made from nothing that has channels: every dimension is of fixed size."""
     return (None,) * len(shape_of(node))
@@ -349,12 +258,6 @@ _POINTWISE = (
     "resolve_neg conj_physical add sub mul div rsub __and__ __or__ __xor__ float_power pow"
 ).split()
 _LIKE = "zeros_like ones_like full_like empty_like rand_like randn_like zero fill normal uniform bernoulli".split()
-_KEEP_REDUCTIONS = {"sum": "sum", "nansum": "sum", "mean": "mean"} | dict.fromkeys(
-    "amax amin max min prod var std var_mean std_mean logsumexp norm linalg_vector_norm any all argmax argmin median "
-    "nanmean count_nonzero std_mean aminmax".split(),
-    "reduction",
-)
-_ALONG = "softmax _softmax log_softmax _log_softmax cumsum cumprod logcumsumexp cummax cummin sort argsort softmin"
 _POOLS = {
     f"{kind}{n}d": n
     for n in (1, 2, 3)
@@ -370,8 +273,6 @@ _RESIZES = {
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_POINTWISE, pointwise),
     **dict.fromkeys(_LIKE, _like),
-    **{name: _reduction(kind) for name, kind in _KEEP_REDUCTIONS.items()},
-    **dict.fromkeys(_ALONG.split(), _mixing("softmax")),
     **{name: spatial(n) for name, n in {**_POOLS, **_RESIZES}.items()},
     **dict.fromkeys(("linear",), _linear),
     **dict.fromkeys(("matmul", "mm", "bmm", "mv", "dot"), _matmul),
@@ -383,18 +284,10 @@ RULES: dict[str, Rule] = {
         _conv,
     ),
     **dict.fromkeys(
-        ("batch_norm", "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training")
-        + ("cudnn_batch_norm", "instance_norm"),
-        _norm_channels,
-    ),
-    **dict.fromkeys(("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm"), _layer_norm),
-    **dict.fromkeys(("group_norm", "native_group_norm"), _group_norm),
-    **dict.fromkeys(
         ("scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu")
         + ("_scaled_dot_product_efficient_attention", "_scaled_dot_product_flash_attention"),
         _attention,
     ),
-    **dict.fromkeys(("_weight_norm", "_weight_norm_interface"), _weight_norm),
     "embedding": _embedding,
     **dict.fromkeys(("embedding_bag", "_embedding_bag", "_embedding_bag_forward_only"), _embedding_bag),
     "glu": _glu,

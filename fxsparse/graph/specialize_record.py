@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-import random
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -21,6 +19,7 @@ from fxsparse.graph.inputs import fresh_inputs, tensors_of
 from fxsparse.graph.scopes import SEED, mode_of, seeded
 from fxsparse.graph.specialize_calls import PLAIN, FunctionCall, check_inputs, check_read, describe
 from fxsparse.graph.specialize_functions import PROPERTIES, SHAPED_BY_VALUES, SIZES, VALUES, name_of
+from fxsparse.graph.specialize_names import names_of, own_tensors, python_generators
 from fxsparse.graph.specialize_output import is_native, rebuilding
 from fxsparse.graph.tracer import is_leaf
 
@@ -45,7 +44,7 @@ class CallRecorder(TorchFunctionMode):
         self.flags: dict[str, None] = {}
         self.paths = {id(module): path for path, module in model.named_modules()}
         self._nodes: dict[int, tuple[torch.Tensor, fx.Node]] = {}
-        self._names = _names_of(model)
+        self._names = names_of(model)
         self._sized: set[fx.Node] = set()  # nodes whose shape depends on values
         self._bare: set[fx.Node] = set()  # nodes without a gradient function
         self._inside = 0
@@ -62,7 +61,7 @@ class CallRecorder(TorchFunctionMode):
         bound.apply_defaults()
         self._add_inputs(dict(list(bound.arguments.items())[1:]), signature)
         handles = self._watch_leaves()
-        before = _python_generators()
+        before = python_generators()
         try:
             with ExitStack() as stack:
                 stack.enter_context(unchanged(self.model))
@@ -75,7 +74,7 @@ class CallRecorder(TorchFunctionMode):
         finally:
             for handle in handles:
                 handle.remove()
-        if _python_generators() != before:
+        if python_generators() != before:
             raise Untraceable("it draws random numbers in Python code", "draw them with torch functions")
         return self.graph
 
@@ -107,7 +106,7 @@ class CallRecorder(TorchFunctionMode):
 
     def _dtype(self) -> dict[str, tuple[fx.Node, str]]:
         """The dtype of the model, guarded like an input: that of its smallest parameter, no matrix if possible."""
-        floating = [t for t in _own_tensors(self.model) if t.is_floating_point()]
+        floating = [t for t in own_tensors(self.model) if t.is_floating_point()]
         if not floating:
             return {}
         tensor = min(floating, key=lambda t: (t.ndim >= 2, t.numel()))
@@ -290,7 +289,7 @@ class CallRecorder(TorchFunctionMode):
             self._refuse_parameters(tensors_of(output))
             self.graph.output(self._packed(output))
             return
-        rebuild, tensors = rebuilding(output, [*(t for t, _ in self._nodes.values()), *_own_tensors(self.model)])
+        rebuild, tensors = rebuilding(output, [*(t for t, _ in self._nodes.values()), *own_tensors(self.model)])
         self._refuse_parameters(tensors)
         self.graph.output(self.graph.call_function(rebuild, tuple(map(self._node_of, tensors))))
 
@@ -327,26 +326,3 @@ def record_calls(
         except Exception as error:  # whatever the user's forward raises
             said = (str(error).strip().splitlines() or [""])[0][:160]
             raise Untraceable(f"in {mode} mode its run raises {type(error).__name__} ({said})", NOTHING) from error
-
-
-def _own_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
-
-
-def _names_of(model: nn.Module) -> dict[int, str]:
-    names: dict[int, str] = {}
-    for members in (model.named_parameters(), model.named_buffers()):
-        for name, tensor in members:
-            names.setdefault(id(tensor), name)
-    for path, module in model.named_modules():
-        for name, value in module.__dict__.items():
-            if isinstance(value, torch.Tensor):
-                names.setdefault(id(value), f"{path}.{name}".lstrip("."))
-    return names
-
-
-def _python_generators() -> tuple[Any, ...]:
-    numpy = sys.modules.get("numpy")
-    state = numpy.random.get_state() if numpy is not None and hasattr(numpy, "random") else None
-    return random.getstate(), repr(state)

@@ -13,7 +13,8 @@ from torch import fx
 
 from fxsparse.graph.channels import Channels
 from fxsparse.graph.channels_flow import bound, op_of
-from fxsparse.passes.compact_solve import Place, Solution, Solver
+from fxsparse.passes.compact_classes import Place
+from fxsparse.passes.compact_solve import Solution, Solver
 
 _BLOCKS = (16, 8)
 _ROUNDS = 16  # what stays in one convolution may break up the blocks of another

@@ -19,17 +19,14 @@ from torch import Tensor, nn
 
 from fxsparse.errors import CaptureError, DataError, FxSparseError, PassError
 from fxsparse.graph import isolated_clone, split_inputs
-from fxsparse.graph.channels import Channels, analyse, closed_paths, open_norms
+from fxsparse.graph.channels import Channels
 from fxsparse.graph.mishaps import mishap
-from fxsparse.graph.operators import OperatorGraph, operator_graph
-from fxsparse.nn.masked import mask_name
-from fxsparse.nn.slot import slots_of
+from fxsparse.passes.compact_analysis import channels_of, recorded, solver_of
 from fxsparse.passes.compact_apply import shorten
-from fxsparse.passes.compact_attention import opened
 from fxsparse.passes.compact_blocks import solve_in_blocks
-from fxsparse.passes.compact_constants import propagate
+from fxsparse.passes.compact_classes import Place
 from fxsparse.passes.compact_shapes import rewrite
-from fxsparse.passes.compact_solve import NOTHING, Place, Solution, Solver
+from fxsparse.passes.compact_solve import NOTHING, Solution, Solver
 from fxsparse.passes.compact_verify import difference, outputs, own_tensors, owned_copy, release, run_copy, sweep
 from fxsparse.passes.compact_widen import worth_streaming
 
@@ -110,10 +107,10 @@ def compact_channels(
         PassError: when the model does not repeat itself.
     """
     args, kwargs = split_inputs(example_inputs)
-    graph = _graph(folded, example_inputs) if channels is None else channels.graph
+    graph = recorded(folded, example_inputs) if channels is None else channels.graph
     try:
-        found = channels or _analysed(folded, example_inputs, graph)
-        solver = _solver(folded, found, only)
+        found = channels or channels_of(folded, example_inputs, graph)
+        solver = solver_of(folded, found, only)
         del folded  # the search needs no second copy of the model
         sweep(model)
         return _Search(model, solver, args, kwargs, blocks).run()
@@ -121,56 +118,6 @@ def compact_channels(
         raise
     except Exception as error:
         return Compacted(owned_copy(model), NOTHING, refused=(Refused((), mishap("the analysis", error)),))
-
-
-def analysed(folded: nn.Module, example_inputs: Any) -> Channels:
-    """The channels of a model without masks, in both modes.
-
-    Raises:
-        CaptureError: when the model cannot be run.
-    """
-    return _analysed(folded, example_inputs, _graph(folded, example_inputs))
-
-
-def _graph(folded: nn.Module, example_inputs: Any) -> OperatorGraph:
-    sweep(folded)
-    graph = operator_graph(opened(folded), example_inputs, routes=("recorder",))
-    sweep(folded)
-    return graph
-
-
-def _analysed(folded: nn.Module, example_inputs: Any, graph: OperatorGraph) -> Channels:
-    closed = [path for path in closed_paths(folded) if type(folded.get_submodule(path)) is not nn.MultiheadAttention]
-    others, tied = _train_graphs(folded, example_inputs, graph), _read_masks(folded)
-    return analyse(graph, closed, others, tied, open_norms(folded))
-
-
-def _solver(folded: nn.Module, channels: Channels, only: Mapping[Place, Sequence[int]] | None) -> Solver:
-    tensors = {**dict(folded.named_parameters()), **dict(folded.named_buffers())}
-    known = {node: found for each in channels.graphs for node, found in propagate(each, tensors).items()}
-    return Solver(channels, known, only)
-
-
-def _read_masks(folded: nn.Module) -> tuple[tuple[str, str], ...]:
-    """Masks that could not be folded, with the parameters that they mask: both have the same channels."""
-    parameters = {id(parameter): name for name, parameter in folded.named_parameters()}
-    buffers = {id(buffer): name for name, buffer in folded.named_buffers()}
-    return tuple(
-        (buffers[id(module._buffers[mask_name(attribute)])], parameters[id(module._parameters[attribute])])
-        for module in folded.modules()
-        for attribute in slots_of(module)
-    )
-
-
-def _train_graphs(folded: nn.Module, example_inputs: Any, graph: OperatorGraph) -> tuple[OperatorGraph, ...]:
-    """The graph of train mode, where that reads parameters that eval mode does not (auxiliary classifiers)."""
-    if not graph.unread:
-        return ()
-    try:
-        train = operator_graph(opened(folded), example_inputs, training=True, routes=("recorder",))
-    except CaptureError:
-        return ()
-    return (train,) if set(graph.unread) - set(train.unread) else ()
 
 
 class _Search:

@@ -17,13 +17,11 @@ from torch import fx
 from fxsparse.graph.channels import Channels
 from fxsparse.graph.channels_atoms import FIXED, Labels, Relation
 from fxsparse.graph.channels_flow import op_of
+from fxsparse.passes.compact_classes import Place, distinct_lists, even_tables, free_classes
 from fxsparse.passes.compact_known import Known
 from fxsparse.passes.compact_sinks import Bools, Floats, Sink, find_sinks
 
 _SMALLEST = 1e-3  # a stand-in's constant relative to the largest of its kind: dividing by less costs digits
-
-Place = tuple[str, int]
-"""A parameter or buffer, and one of its dimensions."""
 
 
 @dataclass(frozen=True)
@@ -102,13 +100,13 @@ class Solver:
         self, channels: Channels, found: Mapping[fx.Node, Known], only: Mapping[Place, Sequence[int]] | None = None
     ) -> None:
         self.channels, self.only = channels, only
-        self.free = _free(channels, only)
+        self.free = free_classes(channels, only)
         self.missed: dict[int, str] = {}  # class -> what needs it
         through = ("sum",) if only is None else ("sum", "layer_norm")  # a norm is changed only where one was asked for
         self.sinks, self.meetings = find_sinks(channels, found, through)
         self.classes = channels.classes
-        self.lists = _distinct(channels, self.classes)
-        self.even = _private(channels, self.classes)
+        self.lists = distinct_lists(channels, self.classes)
+        self.even = even_tables(channels, self.classes)
 
     def solve(self, excluded: Collection[Place] = ()) -> Solution:
         """The largest removable set that leaves the dimensions `excluded` whole."""
@@ -303,29 +301,6 @@ class Solver:
         return tuple(tuple(places) for places in clusters.values())
 
 
-def _free(channels: Channels, only: Mapping[Place, Sequence[int]] | None) -> Bools:
-    """The classes that may go: those that are not fixed, of the dimensions' indices the given ones, and factors."""
-    free = ~channels.fixed
-    free[FIXED] = False
-    if only is None:
-        return free
-    chosen = np.zeros(free.size, dtype=bool)
-    for relation in channels.relations:
-        for factor in relation.factors:
-            if factor is not None:
-                chosen[channels.classes[factor]] = True  # they go where all their entries do
-    for dims in channels.sources.values():
-        for labels in dims:
-            if labels is not None:
-                chosen[channels.classes[labels]] = False
-    for (name, dim), indices in only.items():
-        labels = channels.sources[name][dim]
-        if labels is not None:
-            chosen[channels.classes[labels[np.array(indices, dtype=np.int64)]]] = True
-    result: Bools = free & chosen
-    return result
-
-
 def _merge(sink: Sink, group: int, target: int, sources: npt.NDArray[np.int64]) -> Merge:
     assert sink.weight is not None
     factors = sink.value[group, sources] / sink.value[group, target]
@@ -354,41 +329,3 @@ def _evened(gone: Bools, covered: Bools) -> Bools:
     first = np.cumsum(gone, axis=1) <= count
     result: Bools = gone & first & rows[:, None]
     return result
-
-
-def _private(channels: Channels, classes: Labels) -> set[Relation]:
-    """Products of two factors of which the inner one occurs nowhere else, so that its runs need not be alike.
-
-    The outputs of a grouped convolution are such: each group may keep its own, if all keep as many.
-    """
-    uses = np.zeros(channels.flow.atoms.count, dtype=np.int64)
-    seen: dict[int, Labels] = {}
-    for held in (*channels.flow.dims.values(), *channels.sources.values()):
-        for dims in held if isinstance(held, list) else [held]:
-            seen.update((id(labels), labels) for labels in dims or () if labels is not None)
-    for labels in (*seen.values(), *(mixing.labels for mixing in channels.flow.mixings)):
-        uses[classes[labels]] += 2
-    uses[channels.fixed] += 2
-    for relation in channels.relations:
-        for factor in relation.factors:
-            if factor is not None:
-                uses[classes[factor]] += 1
-    return {
-        relation
-        for relation in channels.relations
-        if relation.flat.ndim == 2
-        and relation.factors[1] is not None
-        and (uses[classes[relation.factors[1]]] == 1).all()
-    }
-
-
-def _distinct(channels: Channels, classes: Labels) -> list[Labels]:
-    """The classes of every different dimension of a value; of each, one channel must stay."""
-    seen: dict[int, Labels] = {}
-    for held in channels.flow.dims.values():
-        for dims in held if isinstance(held, list) else [held]:
-            for labels in dims or ():
-                if labels is not None:
-                    seen[id(labels)] = labels
-    lists = [classes[labels] for labels in seen.values() if labels.size]
-    return [labels for labels in lists if not channels.fixed[labels].any()]

@@ -16,7 +16,7 @@ from fxsparse.graph import capture, count, graphs_of
 from fxsparse.graph.mishaps import mishap
 from fxsparse.nn import masked_weights, masks
 from fxsparse.passes.compact_channels import Compacted, compact_channels
-from fxsparse.passes.compact_solve import Place
+from fxsparse.passes.compact_classes import Place
 from fxsparse.planning.checks import _check_wrappers
 from fxsparse.planning.followers import Followers
 from fxsparse.planning.sparsify import finalize

@@ -12,7 +12,7 @@ from torch import nn
 from fxsparse.errors import ConfigError
 from fxsparse.nn import masks, set_masks
 from fxsparse.passes.compact_channels import Compacted, compact_channels
-from fxsparse.passes.compact_solve import Place
+from fxsparse.passes.compact_classes import Place
 from fxsparse.passes.compact_verify import owned_copy
 from fxsparse.planning.sparsify import finalize
 

@@ -14,7 +14,8 @@ from fxsparse.errors import ConfigError, PassError
 from fxsparse.graph.channels import Channels
 from fxsparse.graph.channels_groups import ChannelGroup
 from fxsparse.passes.compact_again import state_of
-from fxsparse.passes.compact_channels import Compacted, analysed, compact_channels
+from fxsparse.passes.compact_analysis import analysed
+from fxsparse.passes.compact_channels import Compacted, compact_channels
 from fxsparse.passes.compact_verify import owned_copy
 from fxsparse.planning.compaction import captured_form, check_compactable, folded_form
 from fxsparse.planning.prune_budgets import Budget

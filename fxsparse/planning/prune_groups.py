@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from fxsparse.errors import ConfigError
 from fxsparse.graph.channels import Channels
 from fxsparse.graph.channels_groups import ChannelGroup
-from fxsparse.passes.compact_channels import analysed
-from fxsparse.passes.compact_solve import Place
+from fxsparse.passes.compact_analysis import analysed
+from fxsparse.passes.compact_classes import Place
 from fxsparse.planning.compaction import captured_form, check_compactable, folded_form
 from fxsparse.planning.select import Selector, places, select
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from fxsparse.errors import PassError
 from fxsparse.passes.compact_again import again, state_of
 from fxsparse.passes.compact_channels import Compacted, compact_channels
-from fxsparse.passes.compact_solve import Place
+from fxsparse.passes.compact_classes import Place
 from fxsparse.passes.compact_verify import owned_copy
 from fxsparse.planning.compaction import Moves, captured_form, check_compactable, folded_form
 from fxsparse.planning.prune_budgets import Budget

@@ -110,6 +110,21 @@ def test_samples_in_batches(tmp_path: Path) -> None:
     items = list(read_samples(tmp_path / "d.npz", model, (torch.zeros(2, 3),), size=4))
     assert [len(args[0]) for args, _ in items] == [4, 3]
     assert np.array_equal(torch.cat([args[0] for args, _ in items]).numpy(), rows)
-    (tmp_path / "bad.npz").write_bytes(b"no arrays")
-    with pytest.raises(DataError, match="cannot be read"):
-        read_samples(tmp_path / "bad.npz", model, (torch.zeros(2, 3),))
+
+
+@pytest.mark.parametrize("harm", ["text", "empty", "cut off", "objects", "words", "missing", "a folder"])
+def test_samples_that_are_no_arrays_of_numbers(tmp_path: Path, harm: str) -> None:
+    path = tmp_path / ("d.npz" if harm in ("cut off", "objects", "words") else "d.npy")
+    if harm == "text":
+        path.write_text("no arrays")
+    elif harm == "empty":
+        path.write_bytes(b"")
+    elif harm == "cut off":
+        np.savez(path, input=np.zeros((9, 3), np.float32))
+        path.write_bytes(path.read_bytes()[:-30])
+    elif harm in ("objects", "words"):
+        np.savez(path, input=np.array([["a"] * 3] * 4, dtype=object if harm == "objects" else "U1"))
+    elif harm == "a folder":
+        path.mkdir()
+    with pytest.raises(DataError, match=f"`calibration` .*{path.name}"):
+        read_samples(path, nn.Linear(3, 2), (torch.zeros(2, 3),))

@@ -132,6 +132,24 @@ def test_precision_is_a_choice_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_layer_is_timed_with_its_bias_where_the_file_will_have_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: set[bool] = set()
+
+    def lowered(*given: Any, bias_inside: bool = True, **options: Any) -> Any:
+        asked.add(bias_inside)
+        return lower_shared_support(*given, bias_inside=bias_inside, **options)
+
+    monkeypatch.setattr(autotune, "lower_shared_support", lowered)
+    monkeypatch.setattr(autotune, "measure", fake_times(TIMES))
+    tune(Tuner(Optimize.LATENCY))
+    assert asked == {True}
+    asked.clear()
+    tune(Tuner(Optimize.LATENCY, quantize=micro_quantizer(Target.INT8, Int8(), tmp_path)))
+    assert asked == {False}
+
+
 def test_size_needs_no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object, **__: object) -> None:
         raise AssertionError("nothing to time")

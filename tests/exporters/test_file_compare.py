@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ import pytest
 from onnx import TensorProto
 from onnx.reference import ReferenceEvaluator
 
-from fxsparse.errors import ExportError
-from fxsparse.exporters.file_compare import Difference, check_equal, difference
+from fxsparse.errors import ConfigError, ExportError
+from fxsparse.exporters import optimize_file, verify_file
+from fxsparse.exporters.file_compare import Difference, blind, check_equal, difference
 from fxsparse.exporters.file_double import _reference, double, runner_of
 from fxsparse.exporters.file_wire import hollow, write_model
 from tests.exporters.file_cases import Builder, model_of
@@ -126,3 +128,51 @@ def test_a_message_beyond_two_gigabytes_is_refused_before_anything_is_written() 
     with pytest.raises(ValueError, match="larger than ONNX takes"):
         write_model(model, hollow(model), file)
     assert file.getvalue() == b""
+
+
+def test_outputs_without_a_finite_number_show_nothing() -> None:
+    nan, some = np.full((2, 3), np.nan), np.array([[np.nan, np.inf, 1.0]])
+    assert blind([[nan, some], [np.full((2, 3), np.inf), nan[:1]]]) == (0,)
+    assert blind([[some, np.zeros((0, 3))], [nan, np.zeros((0, 3))]]) == ()
+    assert blind([[nan, np.array([1, 2])]]) == (0,)  # whole numbers are always something
+    assert blind([[np.zeros((0, 3))]]) == () and blind([]) == ()
+    with pytest.raises(ExportError, match="hold no finite number on random inputs"):
+        blind([[nan, nan], [nan, nan]])
+
+
+def nan_file(path: Path, both: bool) -> Path:
+    b = Builder()
+    b.input("x", ["batch", 4], TensorProto.FLOAT)
+    made = b.node("MatMul", ["x", b.constant(np.eye(4, dtype=np.float32)[:, :3])])
+    bad = b.node("Log", [b.node("Sub", [b.constant(np.float32(-1)), b.node("Abs", [made])])])
+    onnx.save(b.proto(*([made] if both else []), bad), path)
+    return path
+
+
+def test_a_file_whose_outputs_are_not_finite_is_refused_or_named(tmp_path: Path) -> None:
+    source = nan_file(tmp_path / "a.onnx", both=False)
+    with pytest.raises(ExportError, match="no finite number"):
+        optimize_file(source, tmp_path / "b.onnx", latency=False)
+    assert not (tmp_path / "b.onnx").exists()
+    assert verify_file(source, source).passed is False
+    assert optimize_file(source, tmp_path / "b.onnx", latency=False, verify=False).verification is None
+    both = nan_file(tmp_path / "c.onnx", both=True)
+    proof = optimize_file(both, tmp_path / "d.onnx", latency=False).verification
+    assert proof is not None and proof.blind == (1,) and "nothing is shown of output 1" in str(proof)
+    verdict = verify_file(tmp_path / "d.onnx", both)
+    assert verdict.passed and "nothing of output 1" in str(verdict)
+
+
+@pytest.mark.parametrize("tolerance", [-1e-9, float("nan"), float("inf")])
+def test_a_tolerance_that_is_none(tmp_path: Path, tolerance: float) -> None:
+    source = nan_file(tmp_path / "a.onnx", both=True)
+    with pytest.raises(ConfigError, match="`tolerance`"):
+        optimize_file(source, tmp_path / "b.onnx", tolerance=tolerance)
+    with pytest.raises(ConfigError, match="`tolerance`"):
+        verify_file(source, source, tolerance=tolerance)
+    assert verify_file(source, source, tolerance=0.0).passed
+
+
+def test_a_missing_file_is_said_to_be_missing(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"none\.onnx\): there is no such file"):
+        optimize_file(tmp_path / "none.onnx", tmp_path / "b.onnx")

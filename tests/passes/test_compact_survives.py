@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fxsparse.errors import CaptureError
 from fxsparse.graph.channels_rules import RULES
 from fxsparse.graph.mishaps import mishap
+from fxsparse.passes import compact_analysis
 from fxsparse.passes import compact_channels as search
 from fxsparse.passes.compact_solve import Solver
 from fxsparse.planning import compaction
@@ -37,7 +38,7 @@ def broken(*_: object, **__: object) -> None:
 @pytest.mark.parametrize("where", ["analyse", "propagate", "Solver"])
 def test_a_failed_analysis_leaves_everything_whole(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = net()
-    monkeypatch.setattr(search, where, broken)
+    monkeypatch.setattr(compact_analysis, where, broken)
     small, report = told(model, x)
     assert [p.shape for p in small.parameters()] == [p.shape for p in model.parameters()] and not report.rows
     assert len(report.refused) == 1 and "everything left whole" in report.refused[0]
@@ -110,7 +111,7 @@ def test_a_failed_count_is_left_out_of_the_report(monkeypatch: pytest.MonkeyPatc
     assert report.macs is None and small[0].weight.shape == (4, 5)
 
 
-@pytest.mark.parametrize(("owner", "name"), [(search, "analyse"), (search, "shorten"), (compaction, "count")])
+@pytest.mark.parametrize(("owner", "name"), [(compact_analysis, "analyse"), (search, "shorten"), (compaction, "count")])
 def test_a_failure_is_raised_where_warnings_are_errors(
     owner: object, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

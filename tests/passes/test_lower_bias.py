@@ -33,7 +33,7 @@ def padded(model: nn.Module) -> int:
 def bias_arguments(model: nn.Module) -> list[bool]:
     """For each convolution whether it has a bias of its own."""
     graph = model.graph  # type: ignore[union-attr]
-    return [node.args[2] is not None for node in graph.nodes if "conv" in str(node.target)]
+    return [len(node.args) > 2 and node.args[2] is not None for node in graph.nodes if "conv" in str(node.target)]
 
 
 IMAGE = torch.randn(2, 16, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -140,3 +140,31 @@ def test_a_file_computes_it_and_an_8_bit_file_adds_it(tmp_path: Any) -> None:
         int8=Int8(),
     )  # fmt: skip
     assert "Pad" not in [node.op_type for node in onnx.load(small.path).graph.node]
+
+
+class Tied(nn.Module):
+    """One weight, used with each of several biases, None for none."""
+
+    def __init__(self, *biases: Tensor | None) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(16, 32, 1, bias=False)
+        self.count = len(biases)
+        for i, bias in enumerate(biases):
+            self.register_parameter(f"b{i}", None if bias is None else nn.Parameter(bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.conv.weight
+        parts = [nn.functional.conv2d(x, weight, getattr(self, f"b{i}")) for i in range(self.count)]
+        return torch.stack(parts)
+
+
+@pytest.mark.parametrize("with_bias", [(True, True), (True, False), (False, True)])
+def test_one_weight_with_several_biases(with_bias: tuple[bool, ...]) -> None:
+    torch.manual_seed(0)
+    model = Tied(*(torch.randn(32, dtype=torch.float64) if each else None for each in with_bias)).double().eval()
+    keep = fxsparse.SharedSupport(8).mask(torch.rand(32, 16), 0.75)
+    model.conv.weight.data *= keep[..., None, None]
+    result = lower_shared_support(model, (IMAGE,), choose=CONV)
+    assert result.forms["conv.weight"] is Form.GATHER_CONV
+    assert padded(result.model) == 1 and not any(bias_arguments(result.model))
+    assert_equal(result.model, model, IMAGE)
