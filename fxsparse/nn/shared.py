@@ -14,13 +14,14 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fxsparse.errors import ConfigError
 from fxsparse.nn.shared_conv import convolved
-from fxsparse.nn.shared_gradient import MASK, WEIGHT, sink_of, wanted, watch
+from fxsparse.nn.shared_gradient import MASK, WEIGHT, sink_of, wanted, watcher_of
 from fxsparse.nn.shared_index import drop_index, eligible, held_index, write_index_
 from fxsparse.nn.shared_kernels import Kernel, constant_in_graphs
 from fxsparse.nn.shared_product import (
     Index,
     ReusedGradient,
     Rows,
+    Watcher,
     alive_values,
     product,
     read_alive,
@@ -167,13 +168,17 @@ class SharedPath:
         """The layer's output by a sparse product."""
         weight, bias = module._parameters[WEIGHT], module._parameters.get("bias")
         assert weight is not None
-        output = self.run(module, input, weight, bias, kernel)
-        if not torch.compiler.is_compiling() and output.requires_grad and wanted(module):
-            watch(module, self.shape, input.detach(), output)
-        return output
+        watched = not torch.compiler.is_compiling() and wanted(module)
+        return self.run(module, input, weight, bias, kernel, watcher_of(module, self.shape) if watched else None)
 
     def run(
-        self, module: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | None, kernel: Kernel = Kernel.GATHER
+        self,
+        module: nn.Module,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        kernel: Kernel = Kernel.GATHER,
+        watcher: Watcher | None = None,
     ) -> Tensor:
         """The sparse product with this weight, stored as the module's."""
         kind = input.device.type
@@ -185,8 +190,9 @@ class SharedPath:
             bias = None if bias is None else bias.to(low)
         sink = sink_of(module)
         if isinstance(module, _ConvNd):
-            return convolved(module, input, values, bias, index, self.rows, sink)
-        made = product(input.reshape(-1, self.shape[1]), values, bias, index, self.rows, None, sink, kernel)
+            return convolved(module, input, values, bias, index, self.rows, sink, watcher)
+        flat = input.reshape(-1, self.shape[1])
+        made = product(flat, values, bias, index, self.rows, None, sink, kernel, watcher)
         return made.view(*input.shape[:-1], self.shape[0])
 
     def _alive(self, weight: Tensor, index: Index) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
 from fxsparse.nn.shared_kernels import Geometry
-from fxsparse.nn.shared_product import Index, Rows, format_of, product
+from fxsparse.nn.shared_product import Index, Rows, Watcher, format_of, product
 
 
 def padded_input(module: _ConvNd, input: Tensor) -> tuple[Tensor, list[int]]:
@@ -29,7 +29,14 @@ def geometry_of(module: _ConvNd, padding: list[int], groups: int) -> Geometry:
 
 
 def convolved(
-    module: _ConvNd, input: Tensor, values: Tensor, bias: Tensor | None, index: Index, rows: Rows, sink: Tensor
+    module: _ConvNd,
+    input: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    index: Index,
+    rows: Rows,
+    sink: Tensor,
+    watcher: Watcher | None = None,
 ) -> Tensor:
     """A convolution with alive values only, of a batch or of a single image."""
     single = input.ndim == len(module.kernel_size) + 1
@@ -40,5 +47,5 @@ def convolved(
         form = format_of(padded)
         padded = padded[(slice(None), slice(None), *steps)].contiguous(memory_format=form)
         geometry = dataclasses.replace(geometry, stride=(1,) * len(steps))
-    output = product(padded, values, bias, index, rows, geometry, sink)
+    output = product(padded, values, bias, index, rows, geometry, sink, watcher=watcher)
     return output[0] if single else output

@@ -6,11 +6,10 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from fxsparse.nn.functional import DenseGradients, Product, collecting
-from fxsparse.nn.shared_conv import geometry_of, padded_input
-from fxsparse.nn.shared_kernels import outer_gradient
+from fxsparse.nn.shared_kernels import Geometry, outer_gradient
+from fxsparse.nn.shared_product import Watcher
 
 WEIGHT, MASK = "weight", "weight_mask"
 
@@ -26,30 +25,25 @@ def sink_of(module: nn.Module) -> Tensor:
     return mask if mask is not None else module._buffers["weight_columns"]  # type: ignore[return-value]  # packed
 
 
-def watch(module: nn.Module, shape: torch.Size, input: Tensor, output: Tensor) -> None:
-    """Hand dL/dW for every position, one dense product, to those who collect it once the backward pass gets here."""
+def watcher_of(module: nn.Module, shape: torch.Size) -> Watcher:
+    """Hands dL/dW for every position, one dense product, to those who collect it now, in each backward pass."""
     sink = sink_of(module)
-    wanting = [each for each in collecting() if each.wants(sink)]
-    output.register_hook(_DenseGradient(module, shape, input, wanting, sink))  # type: ignore[no-untyped-call]  # torch
+    return _DenseGradient(module, shape, [each for each in collecting() if each.wants(sink)], sink)
 
 
 class _DenseGradient:
-    """Backward hook on a layer's output."""
+    """What a product calls in its backward pass with its input and the gradient of the weight's rows."""
 
-    def __init__(
-        self, module: nn.Module, shape: torch.Size, input: Tensor, wanting: list[DenseGradients], sink: Tensor
-    ) -> None:
-        self.module, self.shape, self.input, self.wanting, self.sink = module, shape, input, wanting, sink
+    def __init__(self, module: nn.Module, shape: torch.Size, wanting: list[DenseGradients], sink: Tensor) -> None:
+        self.module, self.shape, self.wanting, self.sink = module, shape, wanting, sink
 
-    @torch.no_grad()
-    def __call__(self, gradient: Tensor) -> None:
+    def __call__(self, input: Tensor, gradient: Tensor, geometry: Geometry | None) -> None:
         wanting = [each for each in self.wanting if each.active]
         if not wanting:
             return
         weight = self.module._parameters[WEIGHT]
         assert weight is not None
-        make = partial(_typed_gradient, self.module, self.shape, weight.dtype)
-        product, dense = Product(self.input, gradient, self.shape, make), None
+        product, dense = Product(input, gradient, self.shape, partial(_made, geometry, weight.dtype)), None
         for each in wanting:
             if each.defers(product):
                 each.add_product(self.sink, product)
@@ -58,19 +52,7 @@ class _DenseGradient:
             each.add(self.sink, dense)
 
 
-def _typed_gradient(
-    module: nn.Module, shape: torch.Size, dtype: torch.dtype, input: Tensor, gradient: Tensor
-) -> Tensor:
+def _made(geometry: Geometry | None, dtype: torch.dtype, input: Tensor, gradient: Tensor) -> Tensor:
     """In the type that the layer multiplied in, wherever it is made."""
     with torch.autocast(input.device.type, enabled=False):
-        return dense_gradient(module, shape, input.to(gradient.dtype), gradient).to(dtype)
-
-
-def dense_gradient(module: nn.Module, shape: torch.Size, input: Tensor, gradient: Tensor) -> Tensor:
-    """dL/dW from a layer's input and the gradient of its output."""
-    if not isinstance(module, _ConvNd):
-        return outer_gradient(input.reshape(-1, shape[1]), gradient.reshape(-1, shape[0]), None)
-    if input.ndim < len(shape):
-        input, gradient = input[None], gradient[None]
-    padded, padding = padded_input(module, input)
-    return outer_gradient(padded, gradient, geometry_of(module, padding, 1))
+        return outer_gradient(input, gradient.to(input.dtype), geometry).to(dtype)

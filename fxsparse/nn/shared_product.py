@@ -6,6 +6,8 @@ V [groups, G, k] and the positions S [groups, k]. Per input the product costs R 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +16,9 @@ from torch import Tensor
 
 from fxsparse.nn.shared_compiled import compiled_product
 from fxsparse.nn.shared_kernels import Geometry, Kernel, backward, forward
+
+Watcher = Callable[[Tensor, Tensor, Geometry | None], None]
+"""Gets the input of a product, the gradient of the weight's rows, and how a convolution moved."""
 
 
 class Index(NamedTuple):
@@ -221,6 +226,7 @@ def product(
     geometry: Geometry | None,
     sink: Tensor,
     kernel: Kernel = Kernel.GATHER,
+    watcher: Watcher | None = None,
 ) -> Tensor:
     """The outputs of the weight's rows: [B, F] -> [B, R], or [N, F, *space] -> [N, R, *space'].
 
@@ -233,6 +239,8 @@ def product(
         geometry: How a convolution moves; None for a linear layer.
         sink: The tensor under which collectors file dense gradients; read in compiled code alone.
         kernel: How it is computed.
+        watcher: What gets the input and the gradient of the weight's rows in each backward pass; compiled code asks
+            the collectors itself.
     """
     if geometry is not None:
         values = values.reshape(rows.groups * rows.group, -1, *geometry.kernel)
@@ -243,11 +251,18 @@ def product(
         made = compiled_product(input, values, triple, places, sink, rows.size, geometry, kernel)
     else:
         inside = bias if rows.even else None
-        made = _Product.apply(input, values, inside, *triple, geometry, kernel)  # type: ignore[no-untyped-call]  # untyped in torch
+        told = watcher if watcher is None or rows.even else partial(_told_of_rows, watcher, index, rows)
+        made = _Product.apply(input, values, inside, *triple, geometry, kernel, told)  # type: ignore[no-untyped-call]  # untyped in torch
         if rows.even:
             return made
     made = in_row_order(made, index, rows, 1)
     return made if bias is None else made + bias.view(-1, *(1,) * (made.ndim - 2))
+
+
+def _told_of_rows(
+    watcher: Watcher, index: Index, rows: Rows, input: Tensor, gradient: Tensor, geometry: Geometry | None
+) -> None:
+    watcher(input, in_row_order(gradient, index, rows, 1), geometry)
 
 
 class _Product(torch.autograd.Function):
@@ -264,17 +279,22 @@ class _Product(torch.autograd.Function):
         starts: Tensor,
         geometry: Geometry | None,
         kernel: Kernel,
+        watcher: Watcher | None,
     ) -> Tensor:
         ctx.save_for_backward(input, values, columns, readers, starts)
-        ctx.geometry, ctx.kernel = geometry, kernel
-        return forward(input, values, bias, columns, geometry, kernel)
+        ctx.geometry, ctx.kernel, ctx.watcher = geometry, kernel, watcher
+        made = forward(input, values, bias, columns, geometry, kernel)
+        return made.data if made._is_view() else made  # autograd lets nobody write into views that were made in here
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         input, values, *index = ctx.saved_tensors
+        if ctx.watcher is not None:
+            with torch.no_grad():
+                ctx.watcher(input.detach(), gradient, ctx.geometry)
         needs, triple = ctx.needs_input_grad[:2], (index[0], index[1], index[2])
         of_bias = (
             gradient.sum([axis for axis in range(gradient.ndim) if axis != 1]) if ctx.needs_input_grad[2] else None
         )
         found = backward(gradient, input, values, triple, ctx.geometry, ctx.kernel, needs)
-        return (*found, of_bias, *(None,) * 5)
+        return (*found, of_bias, *(None,) * 6)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxsparse.errors import ConfigError
@@ -35,7 +35,7 @@ class Held:
         )
 
     def check(self, model: nn.Module, optimizer: Optimizer) -> None:
-        """Raise ConfigError where the model or the optimizer holds another parameter now; the message names it."""
+        """Raise ConfigError where model or optimizer hold other parameters, or the latter another storage's state."""
         inner = unwrap(model)
         for path, module in self.places.items():
             if _submodule(inner, path) is not module:
@@ -48,6 +48,17 @@ class Held:
                 raise ConfigError(f"the parameter `{name}` was replaced after attach; {_MEND}")
             if id(parameter) not in held:
                 raise ConfigError(f"`optimizer` (={type(optimizer).__name__}) holds `{name}` no more; {_MEND}")
+            if self.weights[name].packed:
+                _check_state(name, parameter, optimizer)
+
+
+def _check_state(name: str, parameter: nn.Parameter, optimizer: Optimizer) -> None:
+    for key, value in optimizer.state.get(parameter, {}).items():
+        if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+            raise ConfigError(
+                f"the optimizer's `{key}` of `{name}` (={tuple(value.shape)}) is not stored as the weight is "
+                f"(={tuple(parameter.shape)}, alive entries only): load a state of dense storage before `store_alive`"
+            )
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module | None:

@@ -154,9 +154,9 @@ class Stand:
         self.last: Kernel | None = None
         run = shared_file.SharedPath.run
 
-        def watched(path, module, input, weight, bias, kernel=Kernel.GATHER):
+        def watched(path, module, input, weight, bias, kernel=Kernel.GATHER, watcher=None):
             self.last = kernel
-            return run(path, module, input, weight, bias, kernel)
+            return run(path, module, input, weight, bias, kernel, watcher)
 
         monkeypatch.setattr(shared_file.SharedPath, "run", watched)
         monkeypatch.setattr(shared_file, "fused_runs", lambda device, dtype: dtype is not torch.float64)
