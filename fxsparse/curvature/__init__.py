@@ -50,6 +50,10 @@ from fxsparse.curvature.importance_saliency import with_saliencies as with_salie
 from fxsparse.curvature.importance_source import CurvatureSource as CurvatureSource
 from fxsparse.curvature.importance_uncertainty import Uncertainty as Uncertainty
 from fxsparse.curvature.importance_uncertainty import fisher_uncertainty as fisher_uncertainty
+from fxsparse.curvature.keys import Key as Key
+from fxsparse.curvature.keys import from_old as from_old
+from fxsparse.curvature.keys import restrict as restrict
+from fxsparse.curvature.keys import to_old as to_old
 from fxsparse.curvature.losses import MSE as MSE
 from fxsparse.curvature.losses import BCEWithLogits as BCEWithLogits
 from fxsparse.curvature.losses import CrossEntropy as CrossEntropy

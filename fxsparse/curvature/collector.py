@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from fxsparse.curvature.collector_engine import Collected, Engine, Recipe, check_recipe
 from fxsparse.curvature.collector_moments import Moments
 from fxsparse.curvature.collector_options import GroupInfo, check_options, chosen_parameters
-from fxsparse.curvature.collector_settled import Settled
+from fxsparse.curvature.collector_ranks import own_draws, set_draws
+from fxsparse.curvature.collector_settled import Settled, until_settled
 from fxsparse.curvature.collector_tasks import Tasks, TaskState
 from fxsparse.curvature.fisher_batch import read_batch
 from fxsparse.curvature.fisher_scope import check_batch_norms, collecting_scope
@@ -46,7 +47,7 @@ class FisherCollector:
         model: any module; wrappers of DDP and torch.compile are looked through.
         loss: a torch loss, an `OutputLoss`, a function of outputs and targets (empirical only), "cross_entropy", "mse"
             or "bce". It says how outputs are scored; its reduction over samples plays no part.
-        kind: which Fisher.
+        kind: which Fisher; "sampled" is "sketch".
         unit: "sample" or "token": M counts samples, or positions that count (attention mask, `ignore_index`).
         groups: "auto" (channels, heads, tokens, elements by module type), "element", or a function of (name, parameter,
             module) that returns a `Grouping`, an int64 index over leading axes, "element" or None for "auto".
@@ -57,7 +58,8 @@ class FisherCollector:
         storage: format of what `consolidate` keeps: "fp32", "cpu_fp32", "cpu_fp16".
         bn: BatchNorm in training mode is frozen on its running statistics ("freeze") or raises ("raise").
         chunk: samples of one forward pass; chosen by memory where it is not given.
-        generator: for draws and signs, on the model's device; a private one with seed 0 where it is not given.
+        generator: for draws and signs, on the model's device; a private one where it is not given, seeded by the rank,
+            so that the draws of several processes differ; give each rank one of its own.
         parameters: names of the parameters; all that require gradients where it is not given.
         heads: declared attention layouts.
         token_method: how positions of one sequence are told apart by "empirical" and "true" per token: one backward
@@ -65,6 +67,9 @@ class FisherCollector:
         absent: whether an exponential mean decays where no gradient reached a parameter ("zero") or stays ("skip").
         variance: whether variances are kept ("mean" only); for single entries that costs memory.
         output: takes the outputs [N, ...] out of what the model returns.
+
+    Attributes:
+        settled: whether the last `collect` ended because the largest groups had settled; None before one.
 
     Raises:
         ConfigError: an option that does not exist, or no parameter.
@@ -113,18 +118,21 @@ class FisherCollector:
             self._aliases = aliases_of(self.model)
             self._engine = Engine(self.model, chosen, output, groups, heads, recipe)
         self._device = next(iter(chosen.values())).device
-        self._generator = torch.Generator(self._device).manual_seed(0) if generator is None else generator
+        self._generator = generator
         self._tasks = Tasks()
+        self.settled: bool | None = None
 
     def update(self, batch: Any, task: str = DEFAULT_TASK) -> None:
-        """Take in a batch; one without units that count is noted in `skipped` and changes nothing else.
+        """Take in a batch; one without units that count, or empty, is noted in `skipped` and changes nothing else.
+
+        After an exception the collector is as it was before.
 
         Args:
             batch: ``(inputs, targets)``, a mapping with ``labels``, or inputs alone (see `read_batch`).
             task: to which task it belongs.
 
         Raises:
-            DataError: a batch that cannot be read.
+            DataError: a batch that cannot be read, or whose squares are NaN or infinite.
             CoupledSamples: the loss of a sample depends on the others.
             UncoveredParameter: a parameter whose per-sample gradients cannot be had.
             UnsupportedLoss: the loss has no curvature of this kind.
@@ -171,6 +179,36 @@ class FisherCollector:
             )
         return {key: self._read(entry, state.mean(entry), expand) for key, entry in chosen.items()}
 
+    def parameters(self, task: str = DEFAULT_TASK) -> dict[str, Tensor]:
+        """F by parameter name, in the parameters' shapes: what damage, EWC and merging take.
+
+        Sums of groups are spread evenly over their entries; the groups of one parameter (queries, keys and values of a
+        fused projection) are put together. A tied parameter comes under its first name.
+
+        Raises:
+            ConfigError: the task is not known.
+            DataError: it has no unit that counts.
+        """
+        state, found = self._tasks.known(task), dict[str, Tensor]()
+        for entry in state.entries():
+            spread = self._read(entry, state.mean(entry), True)
+            found[entry[0]] = found[entry[0]] + spread if entry[0] in found else spread
+        if not found:
+            raise DataError(f"`task` (={task!r}) has no unit that counts: update the collector first")
+        return found
+
+    def effective_size(self, task: str = DEFAULT_TASK) -> dict[str, float]:
+        """Effective number of units (samples or sequences) behind F, by key: V1^2 / V2 of their weights.
+
+        A mean weighs all alike, so that it is their number; an exponential mean forgets: with equal batches of n it
+        tends to n (1 + beta) / (1 - beta). It is 0 where `absent` (="skip") has left a parameter out so far.
+
+        Raises:
+            ConfigError: the task is not known.
+        """
+        state = self._tasks.known(task)
+        return {str(Key(task, *entry)): state.effective(entry) for entry in state.entries()}
+
     def variance(self, task: str = DEFAULT_TASK) -> dict[str, Tensor]:
         """Unbiased variance over units (samples or sequences) of u, by key.
 
@@ -214,7 +252,10 @@ class FisherCollector:
     def collect(
         self, batches: Iterable[Any], task: str = DEFAULT_TASK, *, top: int, overlap: float = 0.99, patience: int = 3
     ) -> int:
-        """Update until the `top` groups with the largest F (all keys pooled) have settled.
+        """Update until the `top` groups with the largest F (all keys pooled) have settled; `settled` tells whether.
+
+        Where several processes run together, all of them call it: each looks at its own batches, and they stop after
+        the same number, when all have settled or the first has no batch left.
 
         Args:
             batches: what to update with, in order.
@@ -227,15 +268,16 @@ class FisherCollector:
             How many batches were used.
 
         Raises:
-            ConfigError: a number out of range.
+            ConfigError: a number out of range, or fewer than `top` groups.
+            DataError: as `update`, here or on another rank.
         """
-        settled, used = Settled(top, overlap, patience), 0
-        for batch in batches:
-            self.update(batch, task)
-            used += 1
+        watch = Settled(top, overlap, patience)
+
+        def pooled() -> Tensor | None:
             state = self._tasks[task]
-            if state.entries() and settled.look(state.pooled()):
-                break
+            return state.pooled() if state.entries() else None
+
+        used, self.settled = until_settled(batches, lambda batch: self.update(batch, task), pooled, watch)
         return used
 
     def tasks(self) -> tuple[str, ...]:
@@ -244,7 +286,8 @@ class FisherCollector:
 
     def skipped(self, task: str = DEFAULT_TASK) -> int:
         """How many batches of the task held no unit that counts."""
-        return self._tasks.known(task).skipped
+        state = self._tasks.known(task)
+        return state.skipped + state.shared_skipped
 
     def metadata(self, key: str) -> GroupInfo:
         """What belongs to a key.
@@ -273,32 +316,39 @@ class FisherCollector:
             del self._tasks[task]
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
-        """Add up what the ranks have collected, so that all hold what one process would have; call it once, at the end.
+        """Add up what the ranks have collected, so that all hold what one process would have.
+
+        What was added up before counts once: it may be called as often as one likes, also after a state was loaded on
+        all ranks or on one (load after `init_process_group`).
 
         Raises:
-            ConfigError: processes do not run together, or the mode is "ema".
+            ConfigError: processes do not run together, the mode is "ema", or ranks have loaded different states.
         """
         from fxsparse.curvature.collector_reduce import reduce_tasks
 
         if self.accumulate == "ema":
             raise ConfigError("`accumulate` (='ema') has steps that differ between ranks: reduce a 'mean' collector")
-        reduce_tasks(self._tasks, self._device, group)
+        reduce_tasks(self._tasks, self._place(), group)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything collected: nested dicts of tensors and numbers with a schema version."""
         from fxsparse.curvature.collector_file import state_of
 
-        return state_of(self._tasks, self._settings(), self._generator)
+        return state_of(self._tasks, self._settings(), self._draws(), self._shapes())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned.
 
         Raises:
-            ConfigError: another schema version, or a collector with other settings or parameters.
+            ConfigError: another schema version, a collector with another loss or other settings, groups, parameters or
+                shapes, or the state of another one of several ranks with sums that were not reduced.
         """
         from fxsparse.curvature.collector_file import tasks_of
 
-        self._tasks = Tasks(tasks_of(state, self._settings(), self._generator, set(self._engine.parameters)))
+        with self._gathered.stand_ins():
+            known = self._engine.known()
+        self._tasks = Tasks(tasks_of(state, self._settings(), self._shapes(), known))
+        set_draws(self._draws(), state["generator"], state["rank"])
 
     def save(self, path: str | Path) -> None:
         """Write the state to a safetensors file, bit for bit, in one step.
@@ -323,12 +373,27 @@ class FisherCollector:
     def _collect(self, batch: Any, task: str) -> Collected:
         read = read_batch(batch, self._device)
         check_batch_norms(self.model, self.bn)
-        with self._gathered.whole(), collecting_scope(self.model):
-            return self._engine.collect(read, self._generator)
+        draws = self._draws()
+        with self._gathered.whole(), collecting_scope(self.model), self._engine.undone(draws):
+            if not read.samples:
+                return Collected({}, 0.0, frozenset())
+            found = self._engine.collect(read, draws)
+            found.check_finite()
+            return found
+
+    def _draws(self) -> torch.Generator:
+        if self._generator is None:
+            self._generator = own_draws(self._device)
+        return self._generator
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(parameter.shape) for name, parameter in self._engine.parameters.items()}
 
     def _settings(self) -> dict[str, str]:
         support = "dense" if self._engine.recipe.dense else "mask"
-        return {"kind": self.kind.value, "unit": self.unit, "accumulate": self.accumulate, "support": support}
+        own = {"kind": self.kind.value, "unit": self.unit, "accumulate": self.accumulate, "support": support}
+        decay = {"beta": repr(float(self.beta)), "absent": self.absent} if self.accumulate == "ema" else {}
+        return {**own, **decay, **self._engine.described()}
 
     def _place(self) -> torch.device:
         return self._device if self.storage is Storage.FP32 else torch.device("cpu")
@@ -347,4 +412,5 @@ class FisherCollector:
         state = self._tasks.known(task)
         if not self._engine.recipe.separate:
             raise ConfigError("variances are kept by `variance` (=True) with `accumulate` (='mean') only")
-        return {str(Key(task, *entry)): self._shaped(entry, rule(each)) for entry, each in state.moments.items()}
+        wholes = {entry: state.whole(entry) for entry in state.entries()}
+        return {str(Key(task, *entry)): self._shaped(entry, rule(each)) for entry, each in wholes.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,13 +18,13 @@ from fxsparse.curvature.fisher_squares import Entry, Squares
 from fxsparse.curvature.fisher_types import FisherType, UncoveredParameter
 from fxsparse.curvature.groups import Grouping
 from fxsparse.curvature.groups_types import GroupRule, Heads, groupings_of
-from fxsparse.curvature.losses import OutputLoss
+from fxsparse.curvature.losses import CallableLoss, OutputLoss
 from fxsparse.curvature.taps import Taps, Unstable
 from fxsparse.curvature.taps_fallback import PerSample
 from fxsparse.curvature.taps_formulas import LinearWeight, Summed
 from fxsparse.curvature.taps_mode import site_of
 from fxsparse.curvature.taps_pass import Part, TapPass
-from fxsparse.errors import ConfigError
+from fxsparse.errors import ConfigError, DataError
 from fxsparse.nn import masked_weights
 
 _BUDGET = 1 << 25
@@ -129,6 +130,18 @@ class Collected:
     mass: float
     present: frozenset[Entry]
 
+    def check_finite(self) -> None:
+        """Raise DataError where a sum of squares is NaN or infinite."""
+        totals = {entry: each.total for entry, each in self.moments.items() if each.total is not None}
+        if not totals or bool(torch.stack([total.sum() for total in totals.values()]).isfinite().all()):
+            return
+        for (name, _), total in totals.items():
+            if not bool(total.isfinite().all()):
+                raise DataError(
+                    f"`{name}` has squared gradients in this batch that are NaN or infinite; nothing was added: look "
+                    "for NaN or huge values in its inputs, its targets and the weights"
+                )
+
 
 class Engine:
     """Collects batch after batch; the first one is examined.
@@ -177,6 +190,17 @@ class Engine:
             found = merged(found, self._moments(values, piece.samples, masses, units))
         return Collected(found, mass, frozenset(present))
 
+    @contextlib.contextmanager
+    def undone(self, generator: torch.Generator) -> Iterator[None]:
+        """What a batch taught and drew is forgotten after an exception."""
+        before, drawn = (list(self._plans), dict(self.slow), self.groupings), generator.get_state()
+        try:
+            yield
+        except BaseException:
+            self._plans, self.slow, self.groupings = before
+            generator.set_state(drawn)
+            raise
+
     def _with_absent(self, values: Mapping[Entry, Tensor], samples: int) -> dict[Entry, Tensor]:
         """With zeros for what no gradient reached."""
         entries = {(name, each.group_type): each for name, groupings in self.groupings.items() for each in groupings}
@@ -210,18 +234,34 @@ class Engine:
     def _per_sample(self, taps: Taps, names: Iterable[str]) -> PerSample:
         slow = PerSample(self.model, {name: self.parameters[name] for name in names}, self.output)
         few, cotangent, references = taps.evidence
-        slow.examine(few, cotangent, {name: references[name] for name in slow.parameters})
+        try:
+            slow.examine(few, cotangent, {name: references[name] for name in slow.parameters})
+        except UncoveredParameter as error:
+            for name in slow.parameters:
+                if not all(bool(each.isfinite().all()) for each in references[name]):
+                    raise DataError(
+                        f"`{name}` has gradients in this batch that are NaN or infinite; nothing was added: look for "
+                        "NaN or huge values in its inputs, its targets and the weights"
+                    ) from error
+            raise
         return slow
+
+    def known(self) -> dict[str, tuple[Grouping, ...]]:
+        """The groupings; before the first batch, those that the module types tell."""
+        if self.groupings:
+            return self.groupings
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a batch will tell more
+            return groupings_of(self.model, self.parameters, self._groups, self._heads)
+
+    def described(self) -> dict[str, str]:
+        """What states of other collectors must have in common with this one's."""
+        groups = self._groups if isinstance(self._groups, str) else "rule"
+        return {"loss": _described(self.recipe.loss), "groups": groups, "heads": repr(self._heads)}
 
     def grouping(self, entry: Entry) -> Grouping:
         """The grouping of an entry; before the first batch, the one that the module type tells."""
-        if not self.groupings:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # a batch will tell more
-                found = groupings_of(self.model, self.parameters, self._groups, self._heads)
-        else:
-            found = self.groupings
-        for grouping in found.get(entry[0], ()):
+        for grouping in self.known().get(entry[0], ()):
             if grouping.group_type == entry[1]:
                 return grouping
         raise ConfigError(f"`{entry[0]}` has no groups of type {entry[1]!r} here: build the collector alike")
@@ -270,7 +310,15 @@ class Engine:
         if made is not None and self._close_last(made, y, valid, squares) and not slow.parameters:
             return valid
         expand = self.recipe.token_method == "expand"
-        self._send(made, slow, piece, self.recipe.cotangents(z, y, valid, generator), squares, expand)
+        try:
+            self._send(made, slow, piece, self.recipe.cotangents(z, y, valid, generator), squares, expand)
+        except RuntimeError as error:
+            if bool(z.isfinite().all()):
+                raise
+            raise DataError(
+                "outputs of the model are NaN or infinite in this batch; nothing was added: look for NaN or huge "
+                "values in its inputs and the weights"
+            ) from error
         return valid
 
     def _send(
@@ -333,6 +381,16 @@ class Engine:
             if self.recipe.separate or not grouping.is_element
         )
         return max(1, min(batch.samples, _BUDGET // max(stored, 1)))
+
+
+def _described(loss: OutputLoss) -> str:
+    """The loss in words that are the same in another process."""
+    if isinstance(loss, CallableLoss):
+        own = loss.function
+        return repr(own) if isinstance(own, nn.Module) else str(getattr(own, "__name__", type(own).__name__))
+    options = {name: getattr(loss, name) for name in getattr(loss, "__dataclass_fields__", {})}
+    told = {name: value.tolist() if isinstance(value, Tensor) else value for name, value in options.items()}
+    return f"{type(loss).__name__}({', '.join(f'{name}={value!r}' for name, value in told.items())})"
 
 
 def check_recipe(recipe: Recipe) -> None:

@@ -195,17 +195,29 @@ class Decaying:
     """An exponential mean: num <- beta num + (1 - beta) A_k, den likewise of M_k; it reads num / den.
 
     Attributes:
-        num: the decayed sum of values; None before the first step.
+        num: the decayed sum of values; None before the first step, zeros where it is known what shape it will have.
         den: the decayed sum of masses.
         steps: how many steps there were.
+        count: V1 = sum w over units, w the weight of the step that they came with.
+        squares: V2 = sum w^2 over units.
     """
 
     num: Tensor | None = None
     den: float = 0.0
     steps: int = 0
+    count: float = 0.0
+    squares: float = 0.0
 
-    def step(self, total: Tensor | None, mass: float, beta: float) -> None:
-        """One step; a `total` of None stands for zeros."""
+    @property
+    def effective(self) -> float:
+        """The effective number of units, V1^2 / V2; 0 before the first step."""
+        return self.count**2 / self.squares if self.squares else 0.0
+
+    def step(self, total: Tensor | None, mass: float, beta: float, units: float | None = None) -> None:
+        """One step; a `total` of None stands for zeros, and there are as many units as their mass where not said."""
+        number = mass if units is None else units
+        self.count = beta * self.count + (1 - beta) * number
+        self.squares = beta**2 * self.squares + (1 - beta) ** 2 * number
         if self.num is not None:
             self.num = beta * self.num
         if total is not None:
@@ -215,11 +227,11 @@ class Decaying:
         self.steps += 1
 
     def mean(self) -> Tensor:
-        """Num / den.
+        """Num / den; zeros where there was no step.
 
         Raises:
             DataError: nothing was seen.
         """
-        if self.num is None or not self.den > 0:
+        if self.num is None:
             raise DataError("no unit was seen: update the collector first")
-        return self.num / self.den
+        return self.num / self.den if self.den > 0 else torch.zeros_like(self.num)

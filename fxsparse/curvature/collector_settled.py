@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 from torch import Tensor
 
+from fxsparse.curvature.collector_ranks import agreed
 from fxsparse.errors import ConfigError
+
+_END = object()
 
 
 class Settled:
@@ -27,8 +33,48 @@ class Settled:
         self._looks = 0
 
     def look(self, values: Tensor) -> bool:
-        """Whether they have settled with these values, flat."""
-        best = set(values.topk(min(self.top, values.numel())).indices.tolist())
+        """Whether they have settled with these values, flat.
+
+        Raises:
+            ConfigError: there are fewer than `top`.
+        """
+        if self.top > values.numel():
+            raise ConfigError(f"`top` (={self.top}) must be at most the number of groups, {values.numel()}")
+        best = set(values.topk(self.top).indices.tolist())
         same = self._before and len(best & self._before) >= self.overlap * len(best)
         self._before, self._looks = best, self._looks + 1 if same else 0
         return self._looks >= self.patience
+
+
+def until_settled(
+    batches: Iterable[Any], update: Callable[[Any], None], pooled: Callable[[], Tensor | None], settled: Settled
+) -> tuple[int, bool]:
+    """Update until all ranks have settled, or one of them has no batch left.
+
+    Args:
+        batches: What this rank updates with.
+        update: Takes one in.
+        pooled: The values to look at, or None where there are none yet.
+        settled: Looks at them.
+
+    Returns:
+        How many batches were used, and whether all ranks have settled.
+
+    Raises:
+        DataError: another rank could not take in its batch.
+    """
+    left, used = iter(batches), 0
+    while True:
+        batch = next(left, _END)
+        if not agreed(batch is not _END):
+            return used, False
+        try:
+            update(batch)
+            values = pooled()
+            done = values is not None and settled.look(values)
+        except Exception:
+            agreed(None)
+            raise
+        used += 1
+        if agreed(done):
+            return used, True

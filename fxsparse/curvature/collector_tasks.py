@@ -20,30 +20,44 @@ class TaskState:
     """The running sums of one task.
 
     Attributes:
-        moments: by entry, of "mean".
+        moments: by entry, of "mean": what this rank collected since the last reduction.
+        shared: by entry, of "mean": what was reduced, the same on all ranks.
+        origin: names what is shared: two ranks with the same one hold the same; "" for nothing.
         decaying: by entry, of "ema".
         mass: by entry, the units seen by "ema".
         stored: the last snapshot.
-        skipped: batches without a unit that counts.
+        skipped: batches without a unit that counts, since the last reduction.
+        shared_skipped: the same, reduced.
     """
 
     moments: dict[Entry, Moments] = field(default_factory=dict)
+    shared: dict[Entry, Moments] = field(default_factory=dict)
+    origin: str = ""
     decaying: dict[Entry, Decaying] = field(default_factory=dict)
     mass: dict[Entry, float] = field(default_factory=dict)
     stored: dict[Entry, Stored] = field(default_factory=dict)
     skipped: int = 0
+    shared_skipped: int = 0
 
     def entries(self) -> tuple[Entry, ...]:
         """What was collected."""
-        return tuple(self.moments or self.decaying)
+        return tuple({**self.shared, **self.moments} or self.decaying)
+
+    def whole(self, entry: Entry) -> Moments:
+        """The moments of an entry, reduced or not."""
+        return self.shared.get(entry, Moments()).merge(self.moments.get(entry, Moments()))
 
     def mean(self, entry: Entry) -> Tensor:
         """F of an entry, flat."""
-        return self.moments[entry].mean() if self.moments else self.decaying[entry].mean()
+        return self.decaying[entry].mean() if entry in self.decaying else self.whole(entry).mean()
 
     def units(self, entry: Entry) -> float:
         """M of an entry."""
-        return self.moments[entry].mass if self.moments else self.mass[entry]
+        return self.mass[entry] if entry in self.decaying else self.whole(entry).mass
+
+    def effective(self, entry: Entry) -> float:
+        """V1^2 / V2 of an entry."""
+        return self.decaying[entry].effective if entry in self.decaying else self.whole(entry).effective
 
     def pooled(self) -> Tensor:
         """F of all entries, one after the other."""
@@ -58,11 +72,11 @@ class TaskState:
             self.moments = merged(self.moments, {entry: new.to(place) for entry, new in found.moments.items()})
             return
         for entry, new in found.moments.items():
-            running = self.decaying.setdefault(entry, Decaying())
-            here = entry in found.present
-            if here or zeros or running.num is None:
-                assert new.total is not None
-                running.step(new.total.to(place), found.mass, beta)
+            assert new.total is not None
+            total = new.total.to(place)
+            running = self.decaying.setdefault(entry, Decaying(torch.zeros_like(total)))
+            if zeros or entry in found.present:
+                running.step(total, found.mass, beta, new.count)
             self.mass[entry] = self.mass.get(entry, 0.0) + found.mass
 
     def consolidate(self, storage: Storage) -> None:

@@ -103,7 +103,7 @@ def read_batch(batch: Any, device: torch.device, mask_name: str = "attention_mas
         mask_name: the keyword whose tensor [N, T] tells which positions count.
 
     Raises:
-        DataError: it holds no tensor, or an empty one.
+        DataError: it holds no tensor, or more than inputs and targets.
     """
     if isinstance(batch, FisherBatch):
         return batch
@@ -116,7 +116,12 @@ def read_batch(batch: Any, device: torch.device, mask_name: str = "attention_mas
     elif isinstance(batch, (tuple, list)):
         if not batch:
             raise DataError("`batch` (=()) must hold inputs")
-        inputs, targets = batch[0], batch[1] if len(batch) == 2 else (tuple(batch[1:]) or None)
+        if len(batch) > 2:
+            raise DataError(
+                f"`batch` (={len(batch)} entries) must be (inputs, targets): give several inputs as ((x1, x2), y), "
+                "several targets as (x, (y1, y2))"
+            )
+        inputs, targets = batch[0], batch[1] if len(batch) == 2 else None
     args, kwargs = _call(inputs)
     args, kwargs, targets = pytree.tree_map(
         lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, (args, kwargs, targets)

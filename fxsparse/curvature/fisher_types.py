@@ -26,11 +26,13 @@ class FisherType(enum.Enum):
 
     @classmethod
     def _missing_(cls, value: object) -> FisherType | None:
-        return {"exact": cls.EXACT}.get(value) if isinstance(value, str) else None
+        return {"exact": cls.EXACT, "sampled": cls.SKETCH}.get(value) if isinstance(value, str) else None
 
     @classmethod
     def of(cls, kind: FisherType | str) -> FisherType:
         """The type itself, or the one of that value ("true", "exact", "mc", "sketch", "empirical", "ggn").
+
+        "sampled" is SKETCH, the better one of the two that draw.
 
         Raises:
             ConfigError: there is none of that name.

@@ -35,6 +35,9 @@ class Heads:
         interleaved: whether the rows of a fused matrix are sorted by key head, each with its queries, key and value,
             instead of all queries, all keys, all values.
         stored_transposed: whether the matrices are stored as (in, out).
+
+    Raises:
+        ConfigError: a number of heads below 1, `heads` that is no multiple of `kv_heads`, or a string instead of names.
     """
 
     heads: int
@@ -46,13 +49,27 @@ class Heads:
     interleaved: bool = False
     stored_transposed: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("queries", "keys", "outputs", "fused"):
+            if isinstance(getattr(self, name), str):
+                raise ConfigError(f"`{name}` (={getattr(self, name)!r}) must be a tuple of names: add a comma")
+        for name, value in (("heads", self.heads), ("kv_heads", self.kv_heads)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ConfigError(f"`{name}` (={value!r}) must be an integer of at least 1")
+        if self.kv_heads is not None and self.heads % self.kv_heads:
+            raise ConfigError(f"`heads` (={self.heads}) must be a multiple of `kv_heads` (={self.kv_heads})")
+
     def groupings(self, name: str, shape: tuple[int, ...]) -> tuple[Grouping, ...] | None:
         """The groupings of that parameter, or None where it is not one of these.
 
         Raises:
-            ConfigError: its size is no multiple of the number of heads.
+            ConfigError: its size is no multiple of the number of heads, or it has no columns.
         """
         own = self.kv_heads or self.heads
+        if name in self.outputs and len(shape) < 2:
+            raise ConfigError(f"`{name}` {shape} of `outputs` has no columns, which are heads there: leave it out")
+        if not shape and name in (*self.queries, *self.keys, *self.fused):
+            raise ConfigError(f"`{name}` {shape} of the declared heads is a single number: leave it out")
         out = 1 if self.stored_transposed and len(shape) > 1 else 0
         if name in self.queries:
             return (blocks("head", shape, out, _head_dim(name, shape[out], self.heads)),)

@@ -26,6 +26,7 @@ from fxsparse.nn import masked_weights
 from fxsparse.planning import finalize
 from fxsparse.planning.layouts import use_layout
 from fxsparse.sparsity import Layout
+from fxsparse.training.distributed import unwrap
 
 
 class Cost(enum.Enum):
@@ -85,6 +86,7 @@ def channel_importance(
         ConfigError: an unknown cost, or no prunable channels.
         CaptureError: the model cannot be analysed.
     """
+    model = unwrap(model)
     chosen = None if cost is None else _cost(cost)
     plain = finalize(model) if masked_weights(model) else model
     groups = [group for group in channels(plain, example_inputs).groups if group.prunable]
@@ -109,28 +111,42 @@ def channel_element_scores(
 ) -> dict[str, Float64[Tensor, "*shape"]]:
     """Scores of elements whose sums over an output slice are the score of its channel, for `GivenScores`.
 
+    A weight whose outputs are in no group, such as that of the last layer, is scored by the channels that it reads, in
+    the same way over input slices. A weight in no group at all has one score everywhere, the highest of all others:
+    nothing tells its elements apart.
+
     Args:
         found: What `channel_importance` returned.
         shapes: The weights to score.
         layouts: Their layouts; output axis 0 otherwise.
 
     Returns:
-        Scores by name, for the weights whose output channels are in a group; channels in none score infinity.
+        Scores by name, of all `shapes`; channels in no group of a weight that has others in one score infinity.
     """
     scores = {}
     for name, shape in shapes.items():
-        axis = 0 if layouts is None or name not in layouts else layouts[name].out_axis
-        rows = torch.full((shape[axis],), torch.inf, dtype=torch.float64)
-        for each in found:
-            for member in each.group.members:
-                if (member.parameter, member.dim) == (name, axis):
-                    for score, indices in zip(each.scores.cpu(), member.indices, strict=True):
-                        rows[list(indices)] = score
-        if not bool(rows.isinf().all()):
-            width = max(shape.numel() // shape[axis], 1)
-            view = [-1 if dim == axis else 1 for dim in range(len(shape))]
-            scores[name] = (rows / width).reshape(view).expand(shape).clone()
-    return scores
+        own = 0 if layouts is None or name not in layouts else layouts[name].out_axis
+        for axis in sorted(range(len(shape)), key=lambda dim: dim != own):
+            slices = _slices(found, name, axis, shape[axis])
+            if not bool(slices.isinf().all()):
+                width = max(shape.numel() // shape[axis], 1)
+                view = [-1 if dim == axis else 1 for dim in range(len(shape))]
+                scores[name] = (slices / width).reshape(view).expand(shape).clone()
+                break
+    highest = max((float(each[each.isfinite()].max()) for each in scores.values()), default=0.0)
+    others = {n: torch.full(shape, highest, dtype=torch.float64) for n, shape in shapes.items() if n not in scores}
+    return {name: {**scores, **others}[name] for name in shapes}
+
+
+def _slices(found: Sequence[ChannelImportance], name: str, axis: int, size: int) -> Float64[Tensor, " size"]:
+    """The score of the channel at each index of a dimension; infinity where there is none."""
+    slices = torch.full((size,), torch.inf, dtype=torch.float64)
+    for each in found:
+        for member in each.group.members:
+            if (member.parameter, member.dim) == (name, axis):
+                for score, indices in zip(each.scores.cpu(), member.indices, strict=True):
+                    slices[list(indices)] = score
+    return slices
 
 
 def _cost(cost: Cost | str) -> Cost:

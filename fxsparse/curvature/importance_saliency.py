@@ -138,6 +138,8 @@ class FisherDiagonal(CurvatureSaliency):
 class GivenScores(Saliency):
     """Scores that were computed before, by parameter: of channels, of a collector, of anything.
 
+    They stay as they are while the weights train; compute them anew where they should follow.
+
     Attributes:
         source: Knows the parameters by their memory.
         scores: Parameter name -> scores of its shape.
@@ -200,7 +202,8 @@ def with_saliencies(method: Method, drop: Saliency | None = None, grow: Saliency
         grow: By what dead weights come alive; as before where it is None.
 
     Raises:
-        ConfigError: neither is given, or `grow` for a method in which nothing grows by a score.
+        ConfigError: neither is given, `grow` for a method in which nothing grows by a score, or a method that
+            updates no masks (Static, OneShot, SNIP, GraSP, SynFlow).
     """
     for name, each in (("drop", drop), ("grow", grow)):
         if not isinstance(each, Saliency | None):
@@ -209,6 +212,12 @@ def with_saliencies(method: Method, drop: Saliency | None = None, grow: Saliency
         raise ConfigError("`drop` and `grow` (=None) leave nothing to change; give one of them")
     if isinstance(method, RESU):
         return _resu_by(method, drop, grow)
+    if type(method).update_due is Method.update_due:
+        name = type(method).__name__
+        raise ConfigError(
+            f"`method` (={name}) updates no masks, so that it would ignore `drop` and `grow`: prune by a saliency with "
+            "OneShot(saliency=...), draw first masks by one with `initial`, or take a method such as RigL"
+        )
     fields = {each.name for each in dataclasses.fields(method)}
     if "drop" in fields:
         if grow is not None and "grow" not in fields:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -16,12 +16,15 @@ from fxsparse.curvature.operator_output import Curvature
 from fxsparse.curvature.operator_space import Support
 from fxsparse.errors import ConfigError
 from fxsparse.nn import masked_weights
+from fxsparse.training.distributed import unwrap
 
 T = TypeVar("T")
 
 
 class CurvatureSource:
-    """A model with a loss and calibration batches; results are kept until a parameter or a mask changes.
+    """A model with a loss and calibration batches; results are kept until the value of a parameter or buffer changes.
+
+    A copy of all values tells that, beside the results.
 
     Args:
         model: The model that is trained, without wrappers: weights are told by their memory.
@@ -53,10 +56,11 @@ class CurvatureSource:
         seed: int = 0,
         output: Output | None = None,
     ) -> None:
-        self.model, self.loss, self.kind, self.method = model, loss, Curvature.of(kind), method
-        self.data = tuple(data) if not isinstance(data, tuple) and iter(data) is data else data
+        self.model, self.loss, self.kind, self.method = unwrap(model), loss, Curvature.of(kind), method
+        self.data = tuple(data) if isinstance(data, Iterator) else data
         self.samples, self.chunk, self.unit, self.seed, self.output = samples, chunk, unit, seed, output
-        self._kept: dict[Any, tuple[Any, Any]] = {}
+        self._kept: dict[Any, Any] = {}
+        self._state: list[Tensor] = []  # values, for edits of `.data` change no version
 
     def name_of(self, weight: Tensor) -> str:
         """The name of the model's parameter that shares this tensor's memory.
@@ -145,16 +149,24 @@ class CurvatureSource:
         return found
 
     def _once(self, key: Any, make: Callable[[], T]) -> T:
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        state = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
-        kept = self._kept.get(key)
-        if kept is None or kept[0] != state:
-            self._kept[key] = kept = (state, make())
-        found: T = kept[1]
+        tensors = [each.detach() for each in (*self.model.parameters(), *self.model.buffers())]
+        if not _equal(tensors, self._state):
+            self._kept.clear()
+            self._state = [each.clone() for each in tensors]
+        if key not in self._kept:
+            self._kept[key] = make()
+        found: T = self._kept[key]
         return found
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": {}}
+        return {**self.__dict__, "_kept": {}, "_state": []}
 
     def __repr__(self) -> str:
         return f"CurvatureSource({self.kind.value}, {self.method}, samples={self.samples}, seed={self.seed})"
+
+
+def _equal(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return len(tensors) == len(others) and all(
+        (a.dtype, a.device, a.shape) == (b.dtype, b.device, b.shape) and torch.equal(a, b)
+        for a, b in zip(tensors, others, strict=True)
+    )

@@ -19,6 +19,7 @@ from fxsparse.curvature.fisher_types import CoupledSamples as CoupledSamples
 from fxsparse.curvature.fisher_types import UnsupportedLoss
 from fxsparse.curvature.losses_base import OutputLoss as OutputLoss
 from fxsparse.curvature.losses_cross_entropy import CrossEntropy as CrossEntropy
+from fxsparse.curvature.losses_cross_entropy import LogProbabilities as LogProbabilities
 from fxsparse.curvature.losses_pointwise import MSE as MSE
 from fxsparse.curvature.losses_pointwise import BCEWithLogits as BCEWithLogits
 
@@ -76,6 +77,7 @@ def _sample(y: Any, n: int, size: int) -> Any:
 
 _FUNCTIONS: dict[Any, OutputLoss] = {
     F.cross_entropy: CrossEntropy(),
+    F.nll_loss: LogProbabilities(),
     F.mse_loss: MSE("mean"),
     F.binary_cross_entropy_with_logits: BCEWithLogits("mean"),
 }
@@ -106,6 +108,8 @@ def _own(loss: Any) -> OutputLoss:
         return _NAMES[loss]
     if type(loss) is nn.CrossEntropyLoss:
         return CrossEntropy(loss.ignore_index, loss.label_smoothing, loss.weight)
+    if type(loss) is nn.NLLLoss:
+        return LogProbabilities(loss.ignore_index, weight=loss.weight)
     if type(loss) is nn.MSELoss:
         return MSE("mean" if loss.reduction == "mean" else "sum")
     if type(loss) is nn.BCEWithLogitsLoss and loss.weight is None and loss.pos_weight is None:

@@ -154,6 +154,41 @@ class CrossEntropy(OutputLoss):
         return self._targets(z, y).sum(-1, keepdim=True)
 
 
+@dataclass(frozen=True, eq=False)
+class LogProbabilities(CrossEntropy):
+    """Negative log-likelihood -w_y z_y of log-probabilities z, as the cross-entropy of z, which is the same function.
+
+    log_softmax changes nothing of log-probabilities, so that values, gradients and Hessians by the parameters agree;
+    the Hessian of -z_y itself is 0, and so would be the GGN.
+    """
+
+    def valid(self, z: Tensor, y: Tensor | None) -> Tensor:
+        """Which units have a label other than `ignore_index`; here outputs are looked at, also for Hessians."""
+        self._check(z, y)
+        return super().valid(z, y)
+
+    def _targets(self, z: Tensor, y: Tensor) -> Tensor:
+        self._check(z, y)
+        return super()._targets(z, y)
+
+    def _mass(self, z: Tensor, y: Tensor | None) -> Tensor:
+        self._check(z, y)
+        return super()._mass(z, y)
+
+    def _check(self, z: Tensor, y: Tensor | None) -> None:
+        if y is not None and y.is_floating_point():
+            raise DataError("NLLLoss takes class indices; give CrossEntropyLoss for targets that are probabilities")
+        if torch._C._functorch.peek_interpreter_stack() is not None:  # values cannot be read under a transform
+            return
+        z = z.detach()
+        far = z.double().logsumexp(self.axis(z, y)).abs().max() if z.numel() else z.new_zeros(())
+        if not float(far) <= torch.finfo(z.dtype).eps ** 0.5:
+            raise DataError(
+                f"NLLLoss takes log-probabilities, and the logarithm of the outputs' sum is {float(far):.3g} instead "
+                "of 0: end the model with LogSoftmax, or give CrossEntropyLoss"
+            )
+
+
 def _others(p: Tensor) -> Tensor:
     """The sum over the other classes, 1 - p without cancellation."""
     total = p.sum(-1, keepdim=True) - p

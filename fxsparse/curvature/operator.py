@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -15,18 +14,19 @@ from fxsparse.curvature.diagonal import gram_of_rows, sampled_diagonal, squared_
 from fxsparse.curvature.diagonal_layers import LayerSquares
 from fxsparse.curvature.eigs import Spectrum, lanczos, lobpcg
 from fxsparse.curvature.losses import as_loss
-from fxsparse.curvature.operator_checks import check_options, check_repeats
+from fxsparse.curvature.operator_checks import check_options, check_repeats, check_vector
 from fxsparse.curvature.operator_data import Batch, Data, Output
 from fxsparse.curvature.operator_engine import Engine
 from fxsparse.curvature.operator_output import Curvature, OutputCurvature
 from fxsparse.curvature.operator_products import batch_product, block_of_products, diagonal_of_products
-from fxsparse.curvature.operator_protocol import SymmetricOperator
-from fxsparse.curvature.operator_scope import check_uncoupled, curvature_scope
+from fxsparse.curvature.operator_protocol import SymmetricOperator, numpy_dtype, to_numpy
+from fxsparse.curvature.operator_scope import apart, check_uncoupled, curvature_scope
 from fxsparse.curvature.operator_space import Selection, Support, parameter_space
 from fxsparse.curvature.trace import TraceEstimate, TraceMethod, estimate_trace
 from fxsparse.errors import ConfigError, DataError
 from fxsparse.sparsity import Mask
 from fxsparse.sparsity.random import generator as keyed_generator
+from fxsparse.training.distributed import unwrap
 
 DENSE_LIMIT = 4096
 """Most columns of a block or of a whole matrix that is written out."""
@@ -92,6 +92,7 @@ class CurvatureOperator(SymmetricOperator):
         if not isinstance(model, nn.Module):
             raise ConfigError(f"`model` (={type(model).__name__}) must be a torch.nn.Module")
         check_options(chunk, damping, unit, draws)
+        model = unwrap(model)
         check_uncoupled(model)
         self.model, self.kind, self.chunk, self.damping, self.seed = model, Curvature.of(kind), chunk, damping, seed
         self.space = parameter_space(model, params, mask)
@@ -102,7 +103,7 @@ class CurvatureOperator(SymmetricOperator):
         self._units: int | None = None
         self._layers = LayerSquares.of(self.engine)
         if check:
-            check_repeats(lambda v: (self.mv(v), self.units), self.space, seed)
+            check_repeats(self._anew, self.space, seed)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -111,9 +112,8 @@ class CurvatureOperator(SymmetricOperator):
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The parameters' dtype, numpy's, as scipy wants it."""
-        found: np.dtype[Any] = torch.empty(0, dtype=self.space.dtype).numpy().dtype
-        return found
+        """The parameters' dtype, numpy's, as scipy wants it; float32 for bfloat16, which numpy does not have."""
+        return numpy_dtype(self.space.dtype)
 
     @property
     def units(self) -> int:
@@ -125,18 +125,28 @@ class CurvatureOperator(SymmetricOperator):
         return self._units
 
     def mv(self, v: Any) -> Any:
-        """G v: a flat vector, torch or numpy, or tensors by parameter name; the result is of the same kind."""
-        if isinstance(v, np.ndarray):
-            found: npt.NDArray[Any] = self.mv(torch.from_numpy(v.reshape(-1)).to(self._like)).cpu().numpy()
-            return found.astype(v.dtype if v.dtype.kind == "f" else self.dtype).reshape(v.shape)
+        """G v: a flat vector, torch or numpy, or tensors by parameter name; the result is of the same kind.
+
+        Raises:
+            ConfigError: a vector of another size or kind.
+        """
         if isinstance(v, Mapping):
             return self.space.split(self.mv(self.space.flat(v)))
+        check_vector(v)
+        if isinstance(v, np.ndarray):
+            found = to_numpy(self.mv(torch.from_numpy(v.reshape(-1)).to(self._like)))
+            return found.astype(v.dtype if v.dtype.kind == "f" else self.dtype).reshape(v.shape)
         return self.mm(v[:, None])[:, 0]
 
     def mm(self, columns: Any) -> Any:
-        """G V for columns V [P, k], torch or numpy."""
+        """G V for columns V [P, k], torch or numpy.
+
+        Raises:
+            ConfigError: columns of another size or kind.
+        """
+        check_vector(columns)
         if isinstance(columns, np.ndarray):
-            return self.mm(torch.from_numpy(columns).to(self._like)).cpu().numpy()
+            return to_numpy(self.mm(torch.from_numpy(columns).to(self._like)))
         if columns.ndim != 2 or columns.shape[0] != self.space.size:
             raise ConfigError(
                 f"`v` (={tuple(columns.shape)}) must have {self.space.size} rows, one for each coordinate"
@@ -156,8 +166,17 @@ class CurvatureOperator(SymmetricOperator):
         return found.add_(kept, alpha=self.damping) if self.damping else found
 
     def quadform(self, v: Any) -> float:
-        """v^T G v = (1/M) sum (J v)^T B (J v): no backward pass, except for the Hessian."""
-        flat = self.space.flat(v) if isinstance(v, Mapping) else torch.as_tensor(v).reshape(-1)
+        """v^T G v = (1/M) sum (J v)^T B (J v): no backward pass, except for the Hessian.
+
+        Raises:
+            ConfigError: a vector of another size or kind.
+        """
+        if isinstance(v, Mapping):
+            v = self.space.flat(v)
+        check_vector(v)
+        flat = torch.as_tensor(v).detach().reshape(-1)
+        if len(flat) != self.space.size:
+            raise ConfigError(f"`v` (={tuple(v.shape)}) must have {self.space.size} entries, one for each coordinate")
         flat = self.space.project(flat.to(self._like))
         damped = self.damping * float(flat.double().square().sum()) if self.damping else 0.0
         if self.kind is Curvature.HESSIAN:
@@ -223,8 +242,10 @@ class CurvatureOperator(SymmetricOperator):
         """The dense block of G_S of these parameters, in the operator's order.
 
         Raises:
-            ConfigError: more than 4096 columns.
+            ConfigError: no name, an unknown one, or more than 4096 columns.
         """
+        if not names:
+            raise ConfigError("`names` (=()) must name at least one parameter")
         places = [self.space.slice_of(name) for name in self.space.names if name in set(names)]
         for name in names:
             self.space.slice_of(name)  # raises for an unknown one
@@ -302,7 +323,7 @@ class CurvatureOperator(SymmetricOperator):
 
     def sample_gradients(self, chunk: int | None = None) -> Iterator[dict[str, Float[Tensor, "n ..."]]]:
         """The gradient g_n of every sample's own loss, never divided by N, by parameter, some samples at a time."""
-        for batch in self._pieces():
+        for batch in apart(self._pieces()):
             with curvature_scope(self.model):
                 size = chunk or max(1, _ROW_BUDGET // max(self.space.size, 1))
                 for piece in batch.pieces(size):
@@ -321,6 +342,13 @@ class CurvatureOperator(SymmetricOperator):
     @property
     def _like(self) -> Tensor:
         return torch.empty(0, dtype=self.space.dtype, device=self.space.device)
+
+    def _anew(self, v: Tensor) -> tuple[Tensor, int]:
+        """G v and M, as if nothing had been computed before."""
+        self._units = None
+        found = self.mv(v)
+        self._units = None
+        return found, self.units
 
     def _pieces(self) -> Iterator[Batch]:
         for batch in self.data:

@@ -78,7 +78,7 @@ class Data:
             batches = [batches]
         if not isinstance(batches, Iterable):
             raise ConfigError(f"`data` (={type(batches).__name__}) must be batches: an iterable of (inputs, targets)")
-        self.batches: Iterable[Any] = tuple(batches) if iter(batches) is batches else batches
+        self.batches: Iterable[Any] = tuple(batches) if isinstance(batches, Iterator) else batches
         self.device, self.ignored = device, ignored
 
     def __iter__(self) -> Iterator[Batch]:

@@ -6,6 +6,11 @@ import abc
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
 
 class SymmetricOperator(abc.ABC):
     """What `scipy.sparse.linalg.aslinearoperator` asks for, beside `shape` and `dtype`."""
@@ -36,3 +41,14 @@ class SymmetricOperator(abc.ABC):
 
     def __matmul__(self, other: Any) -> Any:
         return self.mm(other) if not isinstance(other, Mapping) and other.ndim == 2 else self.mv(other)
+
+
+def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
+    """The dtype as numpy has it; float32 for bfloat16, which numpy does not have and float32 holds exactly."""
+    return to_numpy(torch.empty(0, dtype=dtype)).dtype
+
+
+def to_numpy(tensor: Tensor) -> npt.NDArray[Any]:
+    """The values in the dtype that `numpy_dtype` says."""
+    found: npt.NDArray[Any] = (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).cpu().numpy()
+    return found

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import operator
 import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -17,7 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 
 from fxsparse.curvature.losses import CoupledSamples
-from fxsparse.graph.scopes import mode_of, preserved_rng
+from fxsparse.graph.scopes import mode_of, preserved_rng, seeded
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -44,6 +47,24 @@ def curvature_scope(model: nn.Module) -> Iterator[None]:
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
         torch.backends.mha.set_fastpath_enabled(False)
         yield
+
+
+def apart(items: Iterable[T]) -> Iterator[T]:
+    """The items, made outside of any scope; what making them draws is not taken from the caller's generators."""
+    held = iter(items)
+    for number in itertools.count():
+        with seeded((torch.initial_seed() + number) % 2**32):
+            item = next(held, _END)
+        if isinstance(item, _End):
+            return
+        yield item
+
+
+class _End:
+    pass
+
+
+_END = _End()
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from jaxtyping import Float64
 from torch import Generator, Tensor, nn
 
 from fxsparse.curvature.damage_compare import spearman
-from fxsparse.curvature.percolation_groups import GroupTable, kept_parameters
+from fxsparse.curvature.percolation_groups import GroupTable, kept_tensors
 from fxsparse.curvature.percolation_rules import (
     Direction,
     Energy,
@@ -128,7 +128,7 @@ class Percolation:
         repeat: int = 0,
         gradient: Mapping[str, Tensor] | None = None,
     ) -> Shock:
-        """Perturb once, measure, and put every parameter back bit by bit, also after an exception.
+        """Perturb once, measure, and put every parameter and buffer back bit by bit, also after an exception.
 
         Args:
             model: The model; it is perturbed in place while `loss` runs.
@@ -203,7 +203,8 @@ class Percolation:
         """(R_g, mean measured change, their rank correlation) of each group perturbed alone with the whole budget."""
         risks = torch.zeros(table.count, dtype=torch.float64)
         changes = torch.zeros(table.count, dtype=torch.float64)
-        start = loss()
+        with kept_tensors(model.buffers()):
+            start = loss()
         for group in range(table.count):
             for repeat in range(repeats):
                 source = keyed_generator(self.seed, repeat, group, "percolation_single")
@@ -241,7 +242,7 @@ class Percolation:
 
     def _measured(self, model: nn.Module, delta: Mapping[str, Tensor], loss: Loss, start: float | None = None) -> float:
         weights = {name: parameter for name, parameter in model.named_parameters() if name in delta}
-        with kept_parameters(weights.values()) as before:
+        with kept_tensors(model.buffers()), kept_tensors(weights.values()) as before:
             before_loss = loss() if start is None else start
             ends = []
             for sign in (1.0, -1.0) if self.antithetic else (1.0,):

@@ -51,12 +51,17 @@ class GroupTable:
             axis: The axis whose indices are groups, such as 0 for output channels.
 
         Raises:
-            ConfigError: no entry, or a tensor without that axis.
+            ConfigError: no entry, a tensor without that axis, or what a collector's `get` returns.
             DataError: a Fisher is negative or not finite.
         """
         masks = {} if model is None else {name: weight.mask for name, weight in masked_weights(model).items()}
         ids, start = {}, 0
         for name, each in fisher.items():
+            if "|" in name:
+                raise ConfigError(
+                    f"`{name}` is a key of a collector, not a parameter, and its values may be sums of groups: give "
+                    "what `FisherCollector.parameters` returns"
+                )
             if not -each.ndim <= axis < each.ndim:
                 raise ConfigError(f"`axis` (={axis}) must be one of the {each.ndim} of `{name}`")
             view = [1] * each.ndim
@@ -113,9 +118,9 @@ class GroupTable:
 
 
 @contextlib.contextmanager
-def kept_parameters(parameters: Iterable[nn.Parameter]) -> Iterator[list[Tensor]]:
-    """Copies of the parameters, from which they are put back bit by bit, always."""
-    held = list(parameters)
+def kept_tensors(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Copies of parameters or buffers, from which they are put back bit by bit, always."""
+    held = list(tensors)
     before = [parameter.detach().clone() for parameter in held]
     try:
         yield before

@@ -267,8 +267,49 @@ def test_curvature_is_kept_until_a_weight_or_mask_changes() -> None:
     assert len(reads) == 2
     assert not torch.allclose(first, second)
     fxsparse.set_masks(model, {"2.weight": torch.ones(3, 12, dtype=torch.bool)})
-    OBD(source).score(model.get_parameter("0.weight"))
+    third = OBD(source).score(model.get_parameter("0.weight"))
     assert len(reads) == 3
+    model.get_parameter("2.weight").data.mul_(3.0)  # changes no version
+    fourth = OBD(source).score(model.get_parameter("0.weight"))
+    assert len(reads) == 4
+    assert not torch.allclose(third, fourth)
+    fresh = CurvatureSource(model, "cross_entropy", [(x, y)])
+    assert torch.equal(fourth, OBD(fresh).score(model.get_parameter("0.weight")))
+
+
+@pytest.mark.parametrize("kind", [Static, OneShot, fxsparse.SNIP, fxsparse.GraSP, fxsparse.SynFlow])
+@pytest.mark.parametrize("where", ["drop", "grow"])
+def test_methods_that_update_no_masks_refuse_saliencies(kind: type, where: str) -> None:
+    model, x, y = sparse_mlp()
+    source = CurvatureSource(model, "cross_entropy", [(x, y)])
+    with pytest.raises(ConfigError, match=rf"`method` \(={kind.__name__}\).*OneShot\(saliency=...\)"):
+        with_saliencies(kind(0.5), **{where: OBD(source)})
+
+
+@pytest.mark.parametrize("kind", [SET, RigL, ITOP, SNFS, SRigL, MEST, GMP, RESU], ids=lambda kind: kind.__name__)
+def test_channel_scores_serve_every_updater_on_a_whole_network(kind: type) -> None:
+    model, x, y = sparse_mlp()
+    found = channel_importance(model, "cross_entropy", [(x, y)], (x,))
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    scores = channel_element_scores(found, shapes)
+    assert list(scores) == list(shapes)
+    assert torch.allclose(scores["2.weight"].sum(0), found[0].scores)  # the last layer, by the channels that it reads
+    assert torch.allclose(scores["0.weight"].sum(1), found[0].scores)
+    highest = max(float(scores[name].max()) for name in ("0.weight", "0.bias", "2.weight"))
+    assert bool((scores["2.bias"] == highest).all())  # in no group
+    given = GivenScores(CurvatureSource(model, "cross_entropy", [(x, y)]), scores)
+    options = {"sparsity": 0.5} if kind is RESU else {"sparsity": 0.5, "every": 4}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        handle = fxsparse.attach(
+            model, optimizer, with_saliencies(kind(**options), drop=given, grow=given), total_steps=32
+        )
+        for _ in range(32):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    assert handle.updates > 1
 
 
 @pytest.mark.parametrize("kind", [SET, RigL, ITOP, SNFS, SRigL, MEST, GMP, RESU], ids=lambda kind: kind.__name__)

@@ -140,6 +140,19 @@ def test_parameters_come_back_bit_by_bit_also_after_an_exception() -> None:
     assert same()
 
 
+def test_buffers_that_the_loss_moves_come_back() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)).train()
+    x, y = torch.randn(12, 4), torch.randint(3, (12,))
+    table = GroupTable.of({"0.weight": torch.rand(6, 4)})
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    loss = lambda: F.cross_entropy(model(x), y).item()  # noqa: E731
+    Percolation(0.5, 0.0).shock(model, table, 0.5, loss)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    Percolation(0.5, 0.0).single_groups(model, table, loss)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
 def test_antithetic_measurement_cancels_the_gradient() -> None:
     model = nn.Linear(3, 1, bias=False).double()
     slope = torch.tensor([[5.0, -3.0, 2.0]], dtype=torch.float64)
