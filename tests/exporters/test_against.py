@@ -240,3 +240,22 @@ def test_file_against_file(made: Any, tmp_path: Path) -> None:
     assert statuses(verdict)["signature"] is Status.FAILED and statuses(verdict)["parity"] is Status.SKIPPED
     with pytest.raises(ExportError, match="there is no such file"):
         verify_file(path, tmp_path / "missing.onnx")
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32])
+def test_what_is_allowed_between_files_is_that_of_their_precision(tmp_path: Path, kind: Any) -> None:
+    weight = np.random.default_rng(0).standard_normal((8, 4))
+    element = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(kind))
+    for name, scale in (("a", 1.0), ("b", 1.001)):
+        graph = onnx.helper.make_graph(
+            [onnx.helper.make_node("MatMul", ["x", "w"], ["y"])],
+            "g",
+            [onnx.helper.make_tensor_value_info("x", element, ["n", 8])],
+            [onnx.helper.make_tensor_value_info("y", element, ["n", 4])],
+            [numpy_helper.from_array((weight * scale).astype(kind), "w")],
+        )
+        model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
+        onnx.save(model, tmp_path / f"{name}.onnx")
+    verdict = verify_file(tmp_path / "b.onnx", tmp_path / "a.onnx")
+    assert verdict.passed is (kind is np.float16), str(verdict)
+    assert not verify_file(tmp_path / "b.onnx", tmp_path / "a.onnx", tolerance=1e-4).passed
