@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ from torch import nn
 
 from fxsparse.curvature import FisherCollector
 from fxsparse.errors import ConfigError
+from tests.torchrun import torchrun
 
 WORKER = """
 import os
@@ -110,14 +108,7 @@ os._exit(0)  # every result is on disk; C++ threads torn down by the interpreter
 def test_fully_sharded_models_equal_one_process(tmp_path: Path) -> None:
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, str(script), str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    done = torchrun(2, script, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -147,14 +138,7 @@ def test_fully_sharded_models_equal_one_process(tmp_path: Path) -> None:
 def test_ranks_with_uneven_shards_equal_one_process(ranks: int, tmp_path: Path) -> None:
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    done = subprocess.run(
-        [*command, str(script), str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    done = torchrun(ranks, script, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)).double()

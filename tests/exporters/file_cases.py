@@ -319,3 +319,15 @@ def shared(random: np.random.Generator, rows: int, width: int, group: int, k: in
         dead[random.permutation(width)[:k]] = False
         array[start : start + group, dead] = 0.0
     return array
+
+
+def rows(*shape: Any) -> Builder:
+    """A graph with an input of this shape, by default of 24 features."""
+    b = Builder()
+    b.input("x", shape or ("batch", 24))
+    return b
+
+
+def feeds(*shapes: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Random inputs of these shapes."""
+    return [{"x": np.random.default_rng(i).standard_normal(shape)} for i, shape in enumerate(shapes)]

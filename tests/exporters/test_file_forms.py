@@ -22,7 +22,7 @@ from fxsparse.exporters.file_io import to_bytes
 from fxsparse.exporters.file_lower import Lowering
 from fxsparse.exporters.file_supports import Layer, Support, forms_of, layer_of, supports_of
 from fxsparse.exporters.runtime import open_session
-from tests.exporters.file_cases import Builder, assert_equal, kinds, model_of, shapes_of, shared
+from tests.exporters.file_cases import Builder, assert_equal, feeds, kinds, model_of, rows, shapes_of, shared
 
 CONV, PRODUCT, INSIDE = (True, False), (False, False), (False, True)
 FORMS = {"conv": CONV, "product": PRODUCT, "inside": INSIDE}
@@ -43,16 +43,6 @@ def lowered(proto: Any, form: tuple[bool, bool], group: int = 0) -> ir.Model:
     Lowering(model, choices).run()
     remove_unused(model.graph)
     return model
-
-
-def rows(*shape: Any) -> Builder:
-    b = Builder()
-    b.input("x", shape or ("batch", 24))
-    return b
-
-
-def feeds(*shapes: tuple[int, ...]) -> list[dict[str, Any]]:
-    return [{"x": np.random.default_rng(i).standard_normal(shape)} for i, shape in enumerate(shapes)]
 
 
 def gemm(b: Builder, x: str, weight: Any, bias: Any = None, flip: int = 1) -> str:

@@ -17,7 +17,7 @@ from fxsparse.exporters.file_costs import expected_gain
 from fxsparse.exporters.file_graph import remove_unused
 from fxsparse.exporters.file_lower import Lowering
 from fxsparse.exporters.file_supports import Layer, Support, layer_of, supports_of
-from tests.exporters.file_cases import Builder, assert_equal, kinds, model_of, shapes_of, shared
+from tests.exporters.file_cases import Builder, assert_equal, feeds, kinds, model_of, rows, shapes_of, shared
 
 Pick = Callable[[list[Support]], Support]
 
@@ -43,16 +43,6 @@ def lowered(proto: Any, pick: Pick = smallest) -> ir.Model:
 
 def layer(alive: Any, parts: int = 1) -> Layer:
     return Layer(ir.node("MatMul", []), "w", np.asarray(alive, bool), parts)
-
-
-def rows(*shape: Any) -> Builder:
-    b = Builder()
-    b.input("x", shape or ("batch", 24))
-    return b
-
-
-def feeds(*shapes: tuple[int, ...]) -> list[dict[str, Any]]:
-    return [{"x": np.random.default_rng(i).standard_normal(shape)} for i, shape in enumerate(shapes)]
 
 
 def test_groups_are_found_whatever_their_size() -> None:

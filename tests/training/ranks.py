@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,22 +15,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fxsparse.errors import ConfigError, DataError
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.torchrun import torchrun
 
 
 def launch(module: str, folder: Path, ranks: int, *arguments: str, die: bool = False) -> list[Any]:
     """What each rank found."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "-m", module, str(folder), *arguments],
-        env=env,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    done = torchrun(ranks, "-m", module, folder, *arguments)
     assert (done.returncode != 0) == die, done.stderr
     return [] if die else [json.loads((folder / f"{ranks}-{rank}.json").read_text()) for rank in range(ranks)]
 
