@@ -1,7 +1,8 @@
 """What does a mask cost in training? One step (forward, backward, optimizer) of the same model, dense and masked.
 
 Run: python benchmarks/mask_overhead.py [--seconds 2] [--sparsity 0.9]
-Variants, interleaved in one process, one thread; medians, and their ratio to dense:
+Variants, interleaved in one process, one thread; median processor times, and medians of the ratios to dense in the
+same round:
   dense              the plain model
   masks              the transformed model, masks in modules (`where(mask, weight, 0)` in the forward)
   masks, gradient    the same masks held at the parameters, by a hook on the gradients
@@ -137,17 +138,28 @@ def step_of(model: nn.Module, x: torch.Tensor, method: fxsparse.training.Method 
     return step
 
 
-def medians(steps: dict[str, Callable[[], None]], seconds: float) -> dict[str, float]:
-    """Milliseconds of each step; all run in turn until the time is over, at least 5 rounds after 3 to warm up."""
+def medians(steps: dict[str, Callable[[], None]], seconds: float) -> dict[str, tuple[float, float]]:
+    """Processor time of each step in milliseconds, and over that of the dense step in the same round.
+
+    All run in turn, each round beginning with another, until the time is over: at least 5 rounds after 3 to warm up.
+    """
     times: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
     start, rounds = time.perf_counter(), 0
     while rounds < 8 or time.perf_counter() - start < seconds:
-        for name, step in steps.items():
-            begin = time.perf_counter()
-            step()
-            times[name].append(time.perf_counter() - begin)
+        for name in names[rounds % len(names) :] + names[: rounds % len(names)]:
+            begin = time.process_time()
+            steps[name]()
+            times[name].append(time.process_time() - begin)
         rounds += 1
-    return {name: 1e3 * statistics.median(each[3:]) for name, each in times.items()}
+    dense = times["dense"][3:]
+    return {
+        name: (
+            1e3 * statistics.median(each[3:]),
+            statistics.median(mine / plain for mine, plain in zip(each[3:], dense, strict=True)),
+        )
+        for name, each in times.items()
+    }
 
 
 def main() -> None:
@@ -163,8 +175,8 @@ def main() -> None:
         if options.model not in name:
             continue
         found = medians(variants(make(), torch.randn(*shape), options.sparsity), options.seconds)
-        for variant, value in found.items():
-            print(f"{name:<32} {variant:<17} {value:>9.3f} {value / found['dense']:>8.2f}")
+        for variant, (milliseconds, ratio) in found.items():
+            print(f"{name:<32} {variant:<17} {milliseconds:>9.3f} {ratio:>8.3f}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import datetime
 import importlib
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ from torch.optim import Optimizer
 
 from fxsparse.errors import ConfigError, TicketError
 from fxsparse.lottery.model_state import ModelState
-from fxsparse.lottery.ticket_file import FORMAT, VERSION, TicketReader, tensor_row, write_ticket
-from fxsparse.nn import Guard, MaskSpec, Route, install_mask, masked_weights, set_masks, tie_masks
+from fxsparse.lottery.ticket_file import FORMAT, VERSION, TicketReader, held_order, rule_row, tensor_row, write_ticket
+from fxsparse.nn import Guard, MaskedWeight, MaskSpec, Route, install_mask, masked_weights, tie_masks
 from fxsparse.nn import masks as live_masks
-from fxsparse.sparsity import Mask, MaskSet, Unstructured
+from fxsparse.nn.masked import check_mask
+from fxsparse.sparsity import LINEAR, Layout, Mask, MaskSet, Pattern, Unstructured
+from fxsparse.training.initial import start_from
 
 TRUSTED = "fxsparse.models:"
 
@@ -71,6 +73,11 @@ class Ticket:
         """Alive weights over all masks."""
         return MaskSet(self.masks).alive
 
+    def rule(self, name: str) -> tuple[Pattern, Layout]:
+        """The pattern and the layout of a mask, as they were when the ticket was saved."""
+        row = next(row for row in self.manifest["masks"] if row["name"] == name)
+        return TicketReader(self.path).rule(row)
+
     @property
     def numel(self) -> int:
         """Weights over all masks."""
@@ -85,6 +92,9 @@ class Ticket:
         """Load weights and masks into a model, in place.
 
         Weights that have no mask yet get one at the parameter: dead entries are zero and stay zero in any training.
+        Masks that may be any (`Unstructured`) take on the ticket's pattern; others keep theirs, which the ticket's
+        masks must hold. The rows of a `SharedSupport` are found again from its mask.
+
         Nothing changes before all checks have passed.
 
         Args:
@@ -110,14 +120,35 @@ class Ticket:
         self._check_masks(model, live)
         missing = [name for name in self.masks if name not in live_masks(model)]
         for name in missing:
-            install_parameter_mask(model, name)
+            install_parameter_mask(model, name, *self.rule(name))
         if missing:
             tie_masks(model)
         with torch.no_grad():
             for name, tensor in live.tensors.items():
                 tensor.copy_(values[name])
-        set_masks(model, self.masks)
+        weights = masked_weights(model)
+        fits = {name: self._fit(weights[name]) for name in self.masks}
+        start_from(weights, self.masks, {n: fit[0] for n, fit in fits.items()}, {n: fit[1] for n, fit in fits.items()})
         return model
+
+    def _fit(self, masked: MaskedWeight) -> tuple[Pattern, Tensor | None]:
+        """The pattern that a masked weight has with this ticket, and its row order unless the present one will do.
+
+        Raises:
+            ConfigError: the ticket's mask is not legal there.
+        """
+        mask, spec, weight = self.masks[masked.name], masked.spec, masked.weight
+        if isinstance(spec.pattern, Unstructured):
+            spec = replace(spec, pattern=self.rule(masked.name)[0])
+        try:
+            check_mask(masked.name, weight, spec, mask, masked.row_order)
+        except ConfigError:
+            order = held_order(spec.pattern, mask, spec.layout)
+            if order is None:
+                raise
+            check_mask(masked.name, weight, spec, mask, order)
+            return spec.pattern, order
+        return spec.pattern, None
 
     def _check_masks(self, model: nn.Module, live: ModelState) -> None:
         present = masked_weights(model)
@@ -128,7 +159,7 @@ class Ticket:
                 raise TicketError(f"{self.path}: mask `{name}` has no parameter in the model; build the saved model")
             if name in present:
                 try:
-                    present[name].check(self.masks[name])
+                    self._fit(present[name])
                 except ConfigError as error:
                     raise TicketError(f"{self.path}: {error}") from error
 
@@ -170,10 +201,12 @@ class Ticket:
         )
 
 
-def install_parameter_mask(model: nn.Module, name: str) -> None:
-    """Give the parameter `name` of any model an all-alive mask at the parameter."""
+def install_parameter_mask(
+    model: nn.Module, name: str, pattern: Pattern | None = None, layout: Layout | None = None
+) -> None:
+    """Give the parameter `name` of any model an all-alive mask at the parameter, unstructured by default."""
     owner, _, attribute = name.rpartition(".")
-    spec = MaskSpec(Unstructured(), route=Route.PARAMETER, guard=Guard.GRADIENT)
+    spec = MaskSpec(pattern or Unstructured(), layout or LINEAR, Route.PARAMETER, Guard.GRADIENT)
     install_mask(model.get_submodule(owner), attribute, spec)
 
 
@@ -215,7 +248,8 @@ def save_ticket(
         TicketError: values are missing, of another shape or not finite, or the path exists or cannot be written.
     """
     state = ModelState.of(model)
-    masks = {name: Mask(mask.detach().cpu().clone()) for name, mask in live_masks(model).items()}
+    masked = masked_weights(model)
+    masks = {name: Mask(weight.mask.detach().cpu().clone()) for name, weight in masked.items()}
     if not masks:
         raise ConfigError("`model` has no masks; transform it first, or prune it")
     kind = "init" if step == 0 else "rewind"
@@ -242,6 +276,7 @@ def save_ticket(
                 "numel": mask.numel,
                 "alive": mask.alive,
                 "sha256": mask.sha256(name),
+                **rule_row(masked[name].spec.pattern, masked[name].spec.layout),
             }
             for name, mask in masks.items()
         ],

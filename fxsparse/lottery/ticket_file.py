@@ -5,20 +5,32 @@ The reader trusts nothing: names, sizes, hashes, bits and values are all checked
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fxsparse.errors import DataError, TicketError
+from fxsparse.errors import ConfigError, DataError, TicketError
 from fxsparse.lottery.canonical import DTYPES, dtype_name, sha256_json, strict_json
 from fxsparse.lottery.run_directory import committed, describe
-from fxsparse.sparsity import Mask, tensor_sha256
+from fxsparse.sparsity import (
+    LINEAR,
+    PATTERNS,
+    Layout,
+    Mask,
+    Pattern,
+    SharedSupport,
+    Unstructured,
+    read_pattern,
+    support_order,
+    tensor_sha256,
+)
 
 FORMAT = "fxsparse.ticket"
 VERSION = "1.0"
@@ -112,6 +124,7 @@ class TicketReader:
         for row in manifest["masks"]:
             if row["shape"] != rows[row["name"]]["shape"] or row["numel"] != math.prod(row["shape"]):
                 raise self.fail(MANIFEST, f"mask `{row['name']}`: `shape` (={row['shape']}) is not its weight's")
+            self.rule(row)
             if type(row["alive"]) is not int or not 0 <= row["alive"] <= row["numel"]:
                 raise self.fail(MANIFEST, f"mask `{row['name']}`: `alive` (={row['alive']}) is out of range")
         if manifest["weights"]["kind"] not in ("init", "rewind"):
@@ -123,6 +136,17 @@ class TicketReader:
             raise self.fail(MANIFEST, f"`{missing[0]}` is missing")
         for row in manifest["model"].get("input_signature") or []:
             self._check_input(row)
+
+    def rule(self, row: Mapping[str, Any]) -> tuple[Pattern, Layout]:
+        """Which masks are legal beside the one of this row: any, unless the row says more."""
+        sizes = row.get("layout", {})
+        try:
+            if not isinstance(sizes, dict) or any(type(size) is not int for size in _flat(sizes.values())):
+                raise ConfigError(f"`layout` (={sizes!r}) is no layout of whole numbers")
+            batch = {"batch": tuple(sizes["batch"])} if "batch" in sizes else {}
+            return read_pattern(row.get("pattern", str(Unstructured()))), Layout(**{**sizes, **batch})
+        except (ConfigError, TypeError) as error:
+            raise self.fail(MANIFEST, f"mask `{row['name']}`: {error}") from error
 
     def _check_input(self, row: Mapping[str, Any]) -> None:
         sizes = row["shape"]
@@ -176,7 +200,17 @@ class TicketReader:
             if (found := mask.sha256(name)) != row["sha256"]:
                 raise self.fail(TENSORS, f"mask `{name}`: `sha256` (={found}) is not {row['sha256']}")
             result[name] = mask.tensor
+            self._check_pattern(row, mask.tensor)
         return result
+
+    def _check_pattern(self, row: Mapping[str, Any], mask: Tensor) -> None:
+        pattern, layout = self.rule(row)
+        try:
+            pattern.units(mask.shape, layout)
+            if not bool(mask.all()):
+                pattern.check(mask, layout, held_order(pattern, mask, layout))
+        except ConfigError as error:
+            raise self.fail(TENSORS, f"mask `{row['name']}`: {error}") from error
 
     def weights(self, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The weights and buffers to retrain from, hashes checked."""
@@ -232,6 +266,26 @@ class TicketReader:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
             raise self.fail(TENSORS, f"tensor `{name}` holds NaN or Inf (={bad} values)")
+
+
+def rule_row(pattern: Pattern, layout: Layout) -> dict[str, Any]:
+    """What the row of a mask says of its pattern: nothing when any mask is legal, or one that fxsparse cannot read."""
+    if isinstance(pattern, Unstructured) or type(pattern) not in PATTERNS:
+        return {}
+    said = {field.name: getattr(layout, field.name) for field in dataclasses.fields(layout)}
+    other = {name: value for name, value in said.items() if value != getattr(LINEAR, name)}
+    batch = {"batch": list(layout.batch)} if "batch" in other else {}
+    return {"pattern": str(pattern), **({"layout": {**other, **batch}} if other else {})}
+
+
+def held_order(pattern: Pattern, mask: Tensor, layout: Layout) -> Tensor | None:
+    """The row order in which a mask holds its pattern; None for patterns that have none, and where none does."""
+    return support_order(mask, pattern.group, layout) if isinstance(pattern, SharedSupport) else None
+
+
+def _flat(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        yield from value if isinstance(value, list) else (value,)
 
 
 def tensor_row(row: dict[str, object], tensor: Tensor) -> dict[str, object]:

@@ -28,6 +28,7 @@ from fxsparse.sparsity.fan_in import ConstantFanIn as ConstantFanIn
 from fxsparse.sparsity.fan_in import fan_in as fan_in
 from fxsparse.sparsity.grouping import group_rows as group_rows
 from fxsparse.sparsity.grouping import kept_mass as kept_mass
+from fxsparse.sparsity.grouping import support_order as support_order
 from fxsparse.sparsity.layout import LINEAR as LINEAR
 from fxsparse.sparsity.layout import Layout as Layout
 from fxsparse.sparsity.mask import Mask as Mask
@@ -38,6 +39,7 @@ from fxsparse.sparsity.pattern import Block as Block
 from fxsparse.sparsity.pattern import Channel as Channel
 from fxsparse.sparsity.pattern import Pattern as Pattern
 from fxsparse.sparsity.pattern import Unstructured as Unstructured
+from fxsparse.sparsity.pattern_text import read_pattern as read_pattern
 from fxsparse.sparsity.quantile import Approximation as Approximation
 from fxsparse.sparsity.quantile import StreamingThreshold as StreamingThreshold
 from fxsparse.sparsity.quantile import Threshold as Threshold
