@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -13,9 +14,10 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fxsparse.errors import ConfigError
+from fxsparse.nn.select import functions_are_seen
 from fxsparse.nn.shared_conv import convolved
 from fxsparse.nn.shared_gradient import MASK, WEIGHT, sink_of, wanted, watcher_of
-from fxsparse.nn.shared_index import drop_index, eligible, held_index, write_index_
+from fxsparse.nn.shared_index import drop_index, eligible, held_index, holds_index, write_index_
 from fxsparse.nn.shared_kernels import Kernel, constant_in_graphs
 from fxsparse.nn.shared_product import (
     Index,
@@ -88,11 +90,12 @@ class SharedPath:
         self.packed = False
         self.reason: str | None = "not prepared"
         self.rows = Rows(shape[0], 1, shape[0], True)
-        self.sparsity = 0.0
+        self.sparsity, self.above = 0.0, False
         self.chosen: dict[tuple[Any, ...], Choice] = {}  # situation -> what was measured
         self.reused = ReusedGradient()
         self.movers: weakref.WeakSet[Mover] = weakref.WeakSet()
         self._seen: tuple[Tensor | None, int, Tensor | None, int] = (None, -1, None, -1)
+        self._traced: Index | None = None
 
     def refresh(self, module: nn.Module) -> None:
         """Follow the mask and the row order of the module; does nothing where neither has been written."""
@@ -109,9 +112,31 @@ class SharedPath:
         self.reason = "in a resurrection phase" if slot.open else eligible(module, mask)
         if self.reason is None:
             try:
-                self.rows, self.sparsity = write_index_(module, slot.spec, mask, order)
+                self.place(module, mask, order)
             except ConfigError as error:
                 self.reason = str(error)
+
+    def place(self, module: nn.Module, mask: Tensor, order: Tensor | None) -> None:
+        """Write the index of a mask into the module's buffers.
+
+        Raises:
+            ConfigError: the mask breaks its pattern.
+        """
+        self.rows, self.sparsity = write_index_(module, slots_of(module)[WEIGHT].spec, mask, order)
+        self.decide()
+        self.follow(module)
+
+    def decide(self) -> None:
+        """Note what `kernel` asks of the sparsity: graphs are compiled for the answer, not for the number."""
+        self.above = self.sparsity >= (UNMEASURED if self.threshold is None else self.threshold)
+
+    def follow(self, module: nn.Module) -> None:
+        """Let compiled code read the index that is in the module's buffers now, whatever k is."""
+        self._traced = held_index(module) if holds_index(module) else None
+        dynamo = sys.modules.get("torch._dynamo")  # every optimizer imports it; without it nothing is compiled yet
+        if self._traced is not None and dynamo is not None:
+            for tensor, axis in ((self._traced.positions, 1), (self._traced.columns, 0), (self._traced.readers, 0)):
+                dynamo.maybe_mark_dynamic(tensor, axis)
 
     def forget(self) -> None:
         """Hold neither the mask nor the memory of a dense gradient any more; `refresh` looks again."""
@@ -149,14 +174,16 @@ class SharedPath:
         if self.mode is FastMode.TRITON:
             return Kernel.TRITON if fused else Kernel.GATHER
         dense = not self.packed and self.threshold is None
-        if not (self.packed or dense) and self.sparsity < (self.threshold or 0.0):
+        if not (self.packed or dense or self.above):
             return None
         if not (dense or fused):
             return Kernel.GATHER
+        if torch.compiler.is_compiling() and not self.chosen:
+            return None if dense and not self.above else Kernel.GATHER
         key = (*situation(self, input), dense)
         if key not in self.chosen:
             if torch.compiler.is_compiling() or _captured(input):
-                return None if dense and self.sparsity < UNMEASURED else Kernel.GATHER
+                return None if dense and not self.above else Kernel.GATHER
             from fxsparse.nn.shared_choice import measured  # it runs this very path
 
             kernels = (Kernel.GATHER, Kernel.TRITON) if fused else (Kernel.GATHER,)
@@ -183,7 +210,7 @@ class SharedPath:
         """The sparse product with this weight, stored as the module's."""
         kind = input.device.type
         low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        index = held_index(module)
+        index = self._index(module)
         values = weight if self.packed else self._alive(weight, index)
         if low is not None and input.dtype in (torch.float32, torch.float16, torch.bfloat16):
             input, values = input.to(low), values.to(low)
@@ -194,6 +221,12 @@ class SharedPath:
         flat = input.reshape(-1, self.shape[1])
         made = product(flat, values, bias, index, self.rows, None, sink, kernel, watcher)
         return made.view(*input.shape[:-1], self.shape[0])
+
+    def _index(self, module: nn.Module) -> Index:
+        """The index; a compiler takes the shapes of buffers for constants, those of other tensors it does not."""
+        if torch.compiler.is_compiling() and self._traced is not None:
+            return self._traced
+        return held_index(module)
 
     def _alive(self, weight: Tensor, index: Index) -> Tensor:
         if torch.compiler.is_compiling():
@@ -272,6 +305,7 @@ def open_path(module: nn.Module, mode: FastMode, threshold: float | None) -> Sha
         path = module.__dict__[SHARED] = SharedPath(weight.shape, mode, threshold)
     path.mode, path.threshold = mode, threshold
     path.refresh(module)
+    path.decide()
     return path
 
 
@@ -302,6 +336,6 @@ def _recorded(input: Tensor) -> bool:
         or input.is_meta
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._len_torch_function_stack() > 0
+        or functions_are_seen()
         or _get_current_dispatch_mode() is not None
     )

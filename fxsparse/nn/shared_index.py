@@ -59,7 +59,7 @@ def index_of(positions: Tensor, width: int, rows: Rows, order: Tensor | None) ->
     given = natural if order is None else order.to(flat.device)
     missing = rows.groups * rows.group - rows.size
     return Index(
-        positions.contiguous(),
+        positions.clone(memory_format=torch.contiguous_format),  # no part of a larger tensor
         flat.to(torch.int32),
         readers.to(torch.int32),
         starts.to(torch.int32),
@@ -83,6 +83,11 @@ def place_index_(module: nn.Module, index: Index) -> None:
 def held_index(module: nn.Module) -> Index:
     """The index in the module's buffers."""
     return Index(*(module._buffers[name] for name in NAMES))  # type: ignore[arg-type]  # present once written
+
+
+def holds_index(module: nn.Module) -> bool:
+    """Whether the module has an index."""
+    return NAMES[0] in module._buffers
 
 
 def drop_index(module: nn.Module) -> None:

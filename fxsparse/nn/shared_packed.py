@@ -15,9 +15,8 @@ from fxsparse.errors import ConfigError
 from fxsparse.nn.sharded import is_sharded
 from fxsparse.nn.shared import ROW_ORDER, SharedPath, path_of
 from fxsparse.nn.shared_gradient import MASK, WEIGHT
-from fxsparse.nn.shared_index import held_index, write_index_
+from fxsparse.nn.shared_index import held_index
 from fxsparse.nn.shared_product import Index, read_alive, spread_values
-from fxsparse.nn.slot import slots_of
 
 
 def packed_path(module: nn.Module) -> SharedPath | None:
@@ -85,7 +84,7 @@ def write_packed_mask_(module: nn.Module, mask: Tensor, row_order: Tensor | None
     before, rows, held = held_index(module), path.rows, parameter.shape
     old = Index(*(each.clone() for each in before))
     order = module._buffers.get(ROW_ORDER) if row_order is None else row_order
-    path.rows, path.sparsity = write_index_(module, slots_of(module)[WEIGHT].spec, mask, order)
+    path.place(module, mask, order)
     new = held_index(module)
 
     def moved(values: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar, Self, TypeVar
 
 from torch import Tensor, nn
@@ -99,6 +100,13 @@ class SparseModule(nn.Module):
         """The output by the fast path of a shared support; None where there is none, or the dense product is taken."""
         path = path_of(self)
         return None if path is None else path.forward(self, input)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        made: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # untyped in torch
+        path = path_of(self)
+        if path is not None:
+            path.follow(self)
+        return made
 
     def apply_mask_(self) -> None:
         """Write zeros to the dead entries of the weight."""

@@ -18,6 +18,7 @@ from fxsparse.nn import Conv1d, Conv2d, Conv3d, DenseGradients, Guard, Linear, R
 from fxsparse.nn import shared as shared_file
 from fxsparse.nn.shared import Choice, FastMode, path_of
 from fxsparse.nn.shared_accelerate import accelerate, decelerate, fast_report
+from fxsparse.nn.shared_index import held_index
 from fxsparse.nn.shared_kernels import Kernel
 from fxsparse.sparsity import Positions, SharedSupport, Unstructured
 
@@ -511,6 +512,21 @@ def test_compiled_code_follows_masks_without_compiling_anew() -> None:
             if a is not None:
                 torch.testing.assert_close(a, b, **CLOSE)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
+
+
+def test_compiled_code_follows_a_module_that_was_moved_or_copied() -> None:
+    layer, x = fast(linear(24, 24)), torch.randn(3, 24, dtype=torch.float64)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compiled(x)
+    for each in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        each._apply(torch.clone)  # as `.to(device)` does
+        assert all(a is b for a, b in zip(path_of(each)._traced, held_index(each), strict=True))
+        fxsparse.set_masks(each, {"weight": random_mask((24, 24), 8, 5, 7)})  # written in place where k stays
+        expected = nn.functional.linear(x, each.effective_weight, each.bias)
+        torch.testing.assert_close(torch.compile(each, fullgraph=True, backend="aot_eager")(x), expected, **CLOSE)
+    torch.testing.assert_close(compiled(x), nn.functional.linear(x, layer.effective_weight, layer.bias), **CLOSE)
     torch._dynamo.reset()
 
 

@@ -80,3 +80,26 @@ def test_compiled_backward_graphs_do_not_recompile() -> None:
     assert counters["stats"]["unique_graphs"] == 1 and counters["aot_autograd"]["total"] == 1
     assert not counters["graph_break"]
     assert MaskSet(masks(compiled)).digest() == MaskSet(masks(eager)).digest()
+
+
+GROWING = GMP(sparsity=0.9, initial_sparsity=0.25, every=1, pattern=SharedSupport(8))
+
+
+@pytest.mark.parametrize(("mode", "graphs"), [(fxsparse.FastMode.SPARSE, 1), (fxsparse.FastMode.AUTO, 2)])
+def test_supports_that_shrink_compile_nothing_anew(mode: fxsparse.FastMode, graphs: int) -> None:
+    """AUTO takes the sparse product once half of a weight is dead: another graph, once."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+
+    def fast(model: nn.Module) -> nn.Module:
+        fxsparse.accelerate(model, mode=mode)
+        return model
+
+    eager, _ = trained(GROWING, lambda model: fast(model) if mode is fxsparse.FastMode.SPARSE else model)
+    compiled, handle = trained(GROWING, lambda model: torch.compile(fast(model), backend="aot_eager", fullgraph=True))
+    assert counters["stats"]["unique_graphs"] == counters["aot_autograd"]["total"] == graphs
+    assert handle.updates > 8 and all(0.85 < float((~mask).double().mean()) < 0.95 for mask in masks(compiled).values())
+    assert MaskSet(masks(compiled)).digest() == MaskSet(masks(eager)).digest()
+    for own, other in zip(compiled.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-12)
