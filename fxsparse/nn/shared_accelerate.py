@@ -13,6 +13,7 @@ from fxsparse.errors import ConfigError
 from fxsparse.nn import shared_triton
 from fxsparse.nn.conv import Conv1d, Conv2d, Conv3d
 from fxsparse.nn.linear import Linear
+from fxsparse.nn.model import masked_weights
 from fxsparse.nn.shared import Choice, FastMode, SharedPath, close_path, open_path, path_of
 from fxsparse.nn.shared_gradient import WEIGHT
 from fxsparse.nn.shared_kernels import Kernel
@@ -103,9 +104,12 @@ def accelerate(
         raise ConfigError(f"`mode` (={mode}) needs Triton; install triton, which torch for CUDA brings on Linux")
     found = _layers(model)
     if not found:
+        weights = masked_weights(model).items()
+        mend = "transform it with pattern=SharedSupport(group)"
+        for name in [name for name, weight in weights if isinstance(weight.spec.pattern, SharedSupport)][:1]:
+            mend = f"`{name}` is read by a function; make it a module of the model (a bare layer: Sequential(layer))"
         raise ConfigError(
-            f"`model` (={type(model).__name__}) has no Linear or Conv layer with the pattern SharedSupport; "
-            "transform it with pattern=SharedSupport(group)"
+            f"`model` (={type(model).__name__}) has no Linear or Conv layer with the pattern SharedSupport; {mend}"
         )
     for module in found.values():
         open_path(module, mode, sparse_threshold)

@@ -153,7 +153,9 @@ def _check_weights(
 ) -> None:
     if all(reason is not None for reason in reasons.values()):
         told = "; ".join(f"`{name}`: {reason}" for name, reason in reasons.items())
-        raise ConfigError(f"no weight can be stored alive only: {told}")
+        full = any(str(reason).endswith("mask is full") for reason in reasons.values())
+        mend = "; call store_alive again after the update that first prunes" if full else ""
+        raise ConfigError(f"no weight can be stored alive only: {told}{mend}")
     uneven = [name for name, weight in weights.items() if reasons[name] is None and not _even(weight)]
     if uneven and any(group.get("eps", 1.0) == 0 for group in optimizer.param_groups):
         raise ConfigError(

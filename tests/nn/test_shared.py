@@ -472,6 +472,9 @@ def test_bad_settings_are_refused() -> None:
         accelerate(layer, mode=FastMode.DENSE, sparse_threshold=0.5)
     with pytest.raises(ConfigError, match="SharedSupport"):
         accelerate(nn.Sequential(Linear(3, 4)))
+    bare = fxsparse.transform(nn.Linear(16, 16), (torch.randn(2, 16),), pattern=SharedSupport(8))
+    with pytest.raises(ConfigError, match="`weight` is read by a function"):
+        accelerate(bare)
     assert path_of(layer) is None
     other = linear()
     other.weight_readers = 3

@@ -278,7 +278,7 @@ def test_what_cannot_be_stored_is_refused_by_name() -> None:
             store_alive(run.handle)
     with pytest.raises(ConfigError, match="RESU"):
         store_alive(Run(SGD, fxsparse.RESU(sparsity=0.7), "plain").handle)
-    with pytest.raises(ConfigError, match="full"):
+    with pytest.raises(ConfigError, match="mask is full; call store_alive again after the update that first prunes"):
         store_alive(Run(SGD, fxsparse.GMP(sparsity=0.7), "plain").handle)
     with pytest.raises(ConfigError, match="`eps`"):
         store_alive(Run(partial(torch.optim.AdamW, lr=0.1, eps=0.0), static, "plain").handle)
