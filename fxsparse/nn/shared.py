@@ -211,7 +211,8 @@ class SharedPath:
         kind = input.device.type
         low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         index = self._index(module)
-        values = weight if self.packed else self._alive(weight, index)
+        watched_leaf = self.packed and watcher is not None  # autograd tells of nodes whether they run, not of leaves
+        values = weight.view_as(weight) if watched_leaf else weight if self.packed else self._alive(weight, index)
         if low is not None and input.dtype in (torch.float32, torch.float16, torch.bfloat16):
             input, values = input.to(low), values.to(low)
             bias = None if bias is None else bias.to(low)

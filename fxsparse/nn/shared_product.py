@@ -265,6 +265,11 @@ def _told_of_rows(
     watcher(input, in_row_order(gradient, index, rows, 1), geometry)
 
 
+def _asked_for(node: Any) -> bool:
+    """Whether the backward pass that runs now goes on to this node: one for some inputs may leave the weight out."""
+    return node is not None and bool(torch._C._will_engine_execute_node(node))
+
+
 class _Product(torch.autograd.Function):
     """The outputs of the groups' rows, with a bias for each."""
 
@@ -289,7 +294,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         input, values, *index = ctx.saved_tensors
-        if ctx.watcher is not None:
+        if ctx.watcher is not None and _asked_for(ctx.next_functions[1][0]):
             with torch.no_grad():
                 ctx.watcher(input.detach(), gradient, ctx.geometry)
         needs, triple = ctx.needs_input_grad[:2], (index[0], index[1], index[2])
@@ -297,4 +302,14 @@ class _Product(torch.autograd.Function):
             gradient.sum([axis for axis in range(gradient.ndim) if axis != 1]) if ctx.needs_input_grad[2] else None
         )
         found = backward(gradient, input, values, triple, ctx.geometry, ctx.kernel, needs)
+        if ctx.watcher is not None and found[0] is not None and found[0].requires_grad:
+            again = partial(_told_again, ctx.watcher, gradient.detach(), ctx.geometry, values.grad_fn)
+            found[0].register_hook(again)  # type: ignore[no-untyped-call]  # untyped in torch
         return (*found, of_bias, *(None,) * 6)
+
+
+def _told_again(watcher: Watcher, gradient: Tensor, geometry: Geometry | None, node: Any, cotangent: Tensor) -> None:
+    """The gradient of the input depends on the weight too: as the output does, with the roles of the two exchanged."""
+    if _asked_for(node):
+        with torch.no_grad():
+            watcher(cotangent.detach(), gradient, geometry)
