@@ -51,13 +51,14 @@ class FastMode(enum.Enum):
 class Mover(Protocol):
     """Who keeps something beside a parameter in alive-only storage, and must follow its positions."""
 
-    def moved(self, parameter: Tensor, held: torch.Size, move: Callable[[Tensor], Tensor] | None) -> None:
+    def moved(self, parameter: Tensor, held: torch.Size, move: Callable[[Tensor], Tensor], loading: bool) -> None:
         """The alive entries moved.
 
         Args:
             parameter: The parameter, changed already.
             held: Its shape before.
-            move: Turns values at the old positions into values at the new ones; None when a checkpoint brings them.
+            move: Turns values at the old positions into values at the new ones.
+            loading: Whether a checkpoint is being loaded.
         """
 
 

@@ -72,7 +72,7 @@ def write_packed_mask_(module: nn.Module, mask: Tensor, row_order: Tensor | None
         module: The layer.
         mask: The new mask.
         row_order: The new row order; the present one stays by default, and it is in its buffer already.
-        loading: Whether optimizers keep their state, because a checkpoint brings it.
+        loading: Whether a checkpoint is being loaded, which may have brought the optimizer's state before.
 
     Raises:
         ConfigError: the parameter is spread over ranks.
@@ -93,7 +93,7 @@ def write_packed_mask_(module: nn.Module, mask: Tensor, row_order: Tensor | None
 
     replace_(parameter, moved)
     for mover in list(path.movers):
-        mover.moved(parameter, held, None if loading else moved)
+        mover.moved(parameter, held, moved, loading)
 
 
 def replace_(parameter: Tensor, change: Callable[[Tensor], Tensor]) -> None:

@@ -210,6 +210,7 @@ class Handle(StepHooks):
             self._hooks = [
                 self.optimizer.register_step_pre_hook(self._before_step),
                 self.optimizer.register_step_post_hook(self._after_step),
+                *self._mover.hooks(),
             ]
             _HANDLES[self.optimizer] = weakref.ref(self)
             self._watch()

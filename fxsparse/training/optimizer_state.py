@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Shaped
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer, SparseAdam
+from torch.utils.hooks import RemovableHandle
 
 from fxsparse.errors import ConfigError
 from fxsparse.nn import MaskedWeight
@@ -80,6 +81,7 @@ class StateMover:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
+        self._brought = False
 
     def follow(self, weights: Iterable[MaskedWeight]) -> None:
         """Watch those of the weights that have a fast path; nobody but the caller keeps the mover alive."""
@@ -88,14 +90,28 @@ class StateMover:
             if path is not None:
                 path.movers.add(self)
 
+    def hooks(self) -> list[RemovableHandle]:
+        """Watch whose state it is: that of the present positions, or what was loaded after the last step."""
+        return [
+            self.optimizer.register_load_state_dict_post_hook(lambda optimizer: self._bring(True)),
+            self.optimizer.register_step_post_hook(lambda optimizer, args, kwargs: self._bring(False)),
+        ]
+
+    def _bring(self, brought: bool) -> None:
+        self._brought = brought
+
     @torch.no_grad()
-    def moved(self, parameter: Tensor, held: torch.Size, move: Callable[[Tensor], Tensor] | None) -> None:
-        """Keep the state of weights that stay alive, zero for grown ones; with no `move` drop what fits no longer."""
+    def moved(self, parameter: Tensor, held: torch.Size, move: Callable[[Tensor], Tensor], loading: bool) -> None:
+        """Keep the state of weights that stay alive, zero for grown ones.
+
+        Where a model's state is loaded after the optimizer's, that one is of the new positions already: it stays, and
+        what does not fit them is dropped.
+        """
         state = self.optimizer.state.get(parameter, {})
         for key, value in list(state.items()):
             if not isinstance(value, Tensor) or value.shape != held or value.ndim == 0:
                 continue
-            if move is not None:
+            if not (loading and self._brought):
                 state[key] = move(value).contiguous()
             elif value.shape != parameter.shape:
                 del self.optimizer.state[parameter]

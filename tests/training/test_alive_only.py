@@ -204,6 +204,20 @@ def test_a_killed_run_goes_on_bit_for_bit(stop: int, order: tuple[str, ...]) -> 
     agree(whole.dense(), second.dense())
 
 
+@pytest.mark.parametrize("make", [MOMENTUM, ADAMW])
+def test_going_back_to_earlier_weights_moves_the_state_of_the_optimizer_along(make) -> None:
+    method = fxsparse.RigL(sparsity=0.7, every=3)
+    runs = [Run(make, method, storage).go(0, 4) for storage in ("plain", "alive")]
+    best = [copy.deepcopy(run.model.state_dict()) for run in runs]
+    for run, state in zip(runs, best, strict=True):
+        before = fxsparse.masks(run.go(4, 14).model)["5.weight"].clone()
+        run.model.load_state_dict(state)
+        assert not torch.equal(before, fxsparse.masks(run.model)["5.weight"])
+    for run in runs:
+        run.go(14, 22)
+    agree_weights(*runs)
+
+
 def test_copies_go_on_as_the_original() -> None:
     run = Run(ADAMW, fxsparse.RigL(sparsity=0.7, every=7), "alive").go(0, 10)
     twin = copy.copy(run)
