@@ -169,6 +169,19 @@ def _gathered(own: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     return every
 
 
+def check_shapes_stay(
+    weights: Mapping[str, MaskedWeight], masks: Mapping[str, Tensor], group: dist.ProcessGroup | None
+) -> None:
+    """Raise ConfigError where parameters in alive-only storage would get another shape while ranks reduce them."""
+    for name, mask in masks.items() if group is not None else ():
+        if weights[name].packed and int(mask.sum()) != int(weights[name].mask.sum()):
+            raise ConfigError(
+                f"`{name}` is stored alive only, and this mask update changes how many of its entries live; ranks "
+                "reduce gradients of fixed shapes: keep dense storage (restore_dense before the model is wrapped), or "
+                "the sparsity of each layer constant"
+            )
+
+
 def check_equal_masks(masks: Mapping[str, Tensor], step: int, group: dist.ProcessGroup | None) -> None:
     """Raise DataError, on every rank, where the masks of the ranks differ."""
     if group is None:

@@ -19,7 +19,7 @@ from fxsparse.nn import MaskedWeight, masked_weights
 from fxsparse.nn.sharded import fill_zeros_
 from fxsparse.sparsity.counts import Target
 from fxsparse.sparsity.mask import Mask
-from fxsparse.training.distributed import check_equal_masks, masks_digest, process_group, unwrap
+from fxsparse.training.distributed import check_equal_masks, check_shapes_stay, masks_digest, process_group, unwrap
 from fxsparse.training.gradients import GradientWindow, step_factors
 from fxsparse.training.grown import Zero
 from fxsparse.training.held import Held
@@ -207,9 +207,12 @@ class Handle(StepHooks):
         self._mover, self._upkeep = StateMover(self.optimizer), Upkeep(self.optimizer)
         self._mover.follow(self._weights.values())
         if attached:
+            eager: Callable[[Any], Any] = (
+                torch.compiler.disable
+            )  # compilers leave the hooks alone where they take the optimizer's step
             self._hooks = [
-                self.optimizer.register_step_pre_hook(self._before_step),
-                self.optimizer.register_step_post_hook(self._after_step),
+                self.optimizer.register_step_pre_hook(eager(self._before_step)),
+                self.optimizer.register_step_post_hook(eager(self._after_step)),
                 *self._mover.hooks(),
             ]
             _HANDLES[self.optimizer] = weakref.ref(self)
@@ -247,7 +250,9 @@ class Handle(StepHooks):
                 )
         states = self._regrouped(states)
         masks = self.method.update(states)
-        return {state.name: (_of(masks, state), state.row_order) for state in states}
+        found = {state.name: (_of(masks, state), state.row_order) for state in states}
+        check_shapes_stay(self._weights, {name: mask for name, (mask, _) in found.items()}, process_group(self.model))
+        return found
 
     def _regrouped(self, states: States) -> States:
         """The weights that an update can see, with their rows in new groups."""

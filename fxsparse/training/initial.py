@@ -60,8 +60,14 @@ def initial_masks(method: Method, weights: Mapping[str, MaskedWeight]) -> dict[s
     """The mask of every weight before the first step; nothing is changed.
 
     Raises:
-        ConfigError: the model is sparse already and its sparsity is not the method's, or its masks break the pattern.
+        ConfigError: the model is sparse already and its sparsity is not the method's, its masks break the pattern, or
+            it stores alive entries only.
     """
+    for name in [name for name, masked in weights.items() if masked.packed][:1]:
+        raise ConfigError(
+            f"`{name}` is stored alive only: call restore_dense(handle) with the handle that stored it, attach, then "
+            "store_alive; or go on with attach(state=...)"
+        )
     own = {
         name: _Weight(
             masked, WeightSpec(name, tuple(masked.weight.shape), masked.spec.layout, pattern_of(method, masked))

@@ -112,7 +112,8 @@ class StateMover:
             if not isinstance(value, Tensor) or value.shape != held or value.ndim == 0:
                 continue
             if not (loading and self._brought):
-                state[key] = move(value).contiguous()
+                made = move(value).contiguous()
+                state[key] = value.copy_(made) if made.shape == value.shape else made
             elif value.shape != parameter.shape:
                 del self.optimizer.state[parameter]
                 return

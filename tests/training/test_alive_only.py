@@ -312,6 +312,16 @@ def test_what_cannot_be_stored_is_refused_by_name() -> None:
     assert not any(hasattr(module, "_fxsparse_shared") for module in run.model.modules())
 
 
+def test_another_method_asks_for_dense_weights() -> None:
+    run = Run(MOMENTUM, fxsparse.RigL(sparsity=0.7, every=3), "alive").go(0, 5)
+    run.handle.detach()
+    optimizer, method = MOMENTUM(run.model.parameters()), fxsparse.Static(sparsity=0.7)
+    with pytest.raises(ConfigError, match=r"`0.weight` is stored alive only: call restore_dense\(handle\)"):
+        fxsparse.attach(run.model, optimizer, method, total_steps=9)
+    restore_dense(run.handle)
+    fxsparse.attach(run.model, optimizer, method, total_steps=9)
+
+
 def test_what_needs_dense_weights_is_refused_until_they_are_back(tmp_path) -> None:
     run = Run(SGD, fxsparse.Static(sparsity=0.7), "alive").go(0, 2)
     acts = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -103,3 +104,33 @@ def test_supports_that_shrink_compile_nothing_anew(mode: fxsparse.FastMode, grap
     assert MaskSet(masks(compiled)).digest() == MaskSet(masks(eager)).digest()
     for own, other in zip(compiled.parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # torch's own, in its compiler
+@pytest.mark.parametrize("storage", ["masked", "alive"])
+def test_a_compiled_optimizer_step_leaves_the_hooks_alone(storage: str) -> None:
+    torch._dynamo.reset()
+    counters, graphs = torch._dynamo.utils.counters, []
+    counters.clear()
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)).double()
+    model = fxsparse.transform(dense, (batch(0)[0],), pattern=SharedSupport(8))
+    runs = []
+    for each in (model, copy.deepcopy(model)):
+        optimizer = torch.optim.AdamW(each.parameters(), lr=0.01)
+        handle = attach(each, optimizer, RigL(sparsity=0.8, every=3), total_steps=40)
+        if storage == "alive":
+            fxsparse.store_alive(handle)
+        runs.append((each, optimizer, handle))
+    compiled = torch.compile(lambda: runs[0][1].step(), backend="eager")
+    for step in range(12):
+        for take, (each, optimizer, _) in zip((compiled, runs[1][1].step), runs, strict=True):
+            optimizer.zero_grad()
+            x, y = batch(step)
+            nn.functional.cross_entropy(each(x), y % 8).backward()
+            take()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[1] == graphs[-1] > 0 and [handle.updates for _, _, handle in runs] == [4, 4]
+    for own, other in zip(runs[0][0].state_dict().values(), runs[1][0].state_dict().values(), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-5)  # its bias correction is in float32
+    torch._dynamo.reset()
