@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxsparse.nn.select import selected
 
+_BATCHED = torch._C._parse_dispatch_key("Batched")
 _full: ContextVar[bool] = ContextVar("full", default=False)
 _collecting: tuple[weakref.ref[DenseGradients], ...] = ()  # weak: who drops a collector need not stop it
 
@@ -127,11 +128,17 @@ _compiled.register_autograd(_backward, setup_context=_keep_masks)
 
 def _watch(result: Tensor, sink: Tensor) -> None:
     # Inside a torch.func transform the gradient is a wrapper that must not outlive it; those callers hold G themselves.
-    if not result.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(result):
+    if not result.requires_grad or is_wrapped(result):
         return
     for collector in collecting():
         if collector.wants(sink):
             result.register_hook(_Accumulate(collector, sink))  # type: ignore[no-untyped-call]  # untyped in torch
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether a `torch.func` transform, or `is_grads_batched`, holds this tensor: it must not outlive the call."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return bool(wrapped or torch._C._dispatch_keys(tensor).has(_BATCHED))
 
 
 class _Accumulate:
@@ -142,7 +149,7 @@ class _Accumulate:
         self.sink = sink
 
     def __call__(self, gradient: Tensor) -> None:
-        if self.collector.active:
+        if self.collector.active and not is_wrapped(gradient):
             self.collector.add(self.sink, gradient)
 
 
@@ -190,7 +197,8 @@ class DenseGradients:
     `GradScaler` scales the loss, unclipped, and local to the process.
 
     Masks are told apart by identity: read with the mask tensor that the model holds. Only `backward()` is seen, not
-    `torch.autograd.grad` on weights guarded at the parameter, nor `torch.func` transforms.
+    `torch.autograd.grad` on weights guarded at the parameter, nor `torch.func` transforms and batches of gradients
+    (`is_grads_batched`). Compiled code has all its gradients made whenever one is asked for, so all of them are seen.
 
     Args:
         masks: The masks to collect for; all of them where it is not given.

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -339,5 +340,6 @@ def _recorded(input: Tensor) -> bool:
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
         or functions_are_seen()
+        or forward_ad._current_level >= 0
         or _get_current_dispatch_mode() is not None
     )

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Int32, Int64, Shaped
 from torch import Tensor
 
+from fxsparse.errors import ConfigError
+from fxsparse.nn.functional import is_wrapped
 from fxsparse.nn.shared_compiled import compiled_product
 from fxsparse.nn.shared_kernels import Geometry, Kernel, backward, forward
 
@@ -89,7 +91,7 @@ class _Alive(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         positions, order = ctx.saved_tensors
-        recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or is_wrapped(gradient)
         if ctx.reused is None or recorded or gradient.device.type != "cpu":
             target = torch.empty(ctx.shape, dtype=gradient.dtype, device=gradient.device, memory_format=ctx.format)
             return _written(target.zero_(), gradient, positions, order, ctx.rows), None, None, None, None
@@ -142,9 +144,9 @@ def _written(zeros: Tensor, values: Tensor, positions: Tensor, order: Tensor, ro
     if rows.even:
         where = positions[:, None, :] if flat.ndim == 2 else positions[:, None, :, None]
         cut = flat.view(rows.groups, rows.group, *flat.shape[1:])
-        return cut.scatter(2, where.expand_as(values), values).flatten(0, 1).view(zeros.shape)
+        return cut.scatter(2, where.expand_as(values), values).view(zeros.shape)
     of_row = positions.repeat_interleave(rows.group, 0)[: rows.size]
-    kept = values.flatten(0, 1)[: rows.size]
+    kept = values.reshape(-1, *values.shape[2:])[: rows.size]
     return flat.index_put((order[: rows.size, None], of_row), kept).view(zeros.shape)
 
 
@@ -294,9 +296,14 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         input, values, *index = ctx.saved_tensors
-        if ctx.watcher is not None and _asked_for(ctx.next_functions[1][0]):
+        if ctx.watcher is not None and not is_wrapped(gradient) and _asked_for(ctx.next_functions[1][0]):
             with torch.no_grad():
                 ctx.watcher(input.detach(), gradient, ctx.geometry)
+        if ctx.geometry is not None and is_wrapped(gradient):
+            raise ConfigError(
+                "`is_grads_batched` (=True) does not work with the sparse product of a convolution; call "
+                "decelerate(model), or ask for one gradient at a time"
+            )
         needs, triple = ctx.needs_input_grad[:2], (index[0], index[1], index[2])
         of_bias = (
             gradient.sum([axis for axis in range(gradient.ndim) if axis != 1]) if ctx.needs_input_grad[2] else None
@@ -310,6 +317,6 @@ class _Product(torch.autograd.Function):
 
 def _told_again(watcher: Watcher, gradient: Tensor, geometry: Geometry | None, node: Any, cotangent: Tensor) -> None:
     """The gradient of the input depends on the weight too: as the output does, with the roles of the two exchanged."""
-    if _asked_for(node):
+    if not is_wrapped(cotangent) and _asked_for(node):
         with torch.no_grad():
             watcher(cotangent.detach(), gradient, geometry)

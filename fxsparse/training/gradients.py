@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fxsparse.nn import DenseGradients, MaskedWeight
+from fxsparse.nn.functional import is_wrapped
 from fxsparse.nn.sharded import is_sharded, part, part_like, rebuilt
 from fxsparse.training.packed_gradient import PackedGradient, all_finite
 
@@ -118,6 +119,8 @@ class _Tap:
     @torch.no_grad()
     def arrive(self, gradient: Tensor) -> None:
         """Add one backward pass: what reached the parameter, and what the mask hid from it."""
+        if is_wrapped(gradient):  # of `torch.autograd.grad`, which adds nothing to `.grad`
+            return
         gradient = (gradient.to_dense() if gradient.is_sparse else gradient).detach()
         before = None if self.total is None or self._cleared() else self.total
         if self.weight.packed:

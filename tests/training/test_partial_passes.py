@@ -10,8 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import fxsparse
+from fxsparse.errors import ConfigError
 
 SHAPE = (3, 8, 4, 4)
 
@@ -75,6 +77,25 @@ def penalty_alone(model: nn.Module, x: Tensor, y: Tensor) -> None:
     of_x.square().sum().backward()
 
 
+def batched(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    parameters = [model.twice.weight, model.head.weight, model.twice.bias]
+    out = model.head(torch.tanh(model.twice(x.flatten(1)[:, :20])))
+    rows = torch.eye(6, dtype=x.dtype)[:, None, :].expand(6, *out.shape)
+    found = torch.autograd.grad(out, parameters, rows, is_grads_batched=True, retain_graph=True)
+    for i, row in enumerate(rows):
+        for all_rows, one in zip(found, torch.autograd.grad(out, parameters, row, retain_graph=True), strict=True):
+            torch.testing.assert_close(all_rows[i], one)
+    F.cross_entropy(model(x), y).backward()
+
+
+def forward_mode(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(model(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+    expected = torch.func.jvp(model, (x,), (torch.ones_like(x),))[1]
+    torch.testing.assert_close(tangent, expected)
+    F.cross_entropy(model(x), y).backward()
+
+
 PASSES: tuple[Callable[[nn.Module, Tensor, Tensor], None], ...] = (
     adversarial,
     input_first,
@@ -83,6 +104,8 @@ PASSES: tuple[Callable[[nn.Module, Tensor, Tensor], None], ...] = (
     frozen,
     penalty,
     penalty_alone,
+    batched,
+    forward_mode,
 )
 
 
@@ -105,6 +128,7 @@ def run(how: Callable[..., None], storage: str, steps: int = 4) -> tuple[nn.Modu
     return model, handle
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own, of its forward mode
 @pytest.mark.parametrize("storage", ["sparse", "alive"])
 @pytest.mark.parametrize("how", PASSES, ids=lambda how: how.__name__)
 def test_masks_and_weights_are_those_of_the_masked_model(how: Callable[..., None], storage: str) -> None:
@@ -120,3 +144,10 @@ def test_masks_and_weights_are_those_of_the_masked_model(how: Callable[..., None
     for name, value in expected.state_dict().items():
         if not name.endswith("_mask"):
             torch.testing.assert_close(state[name], value, rtol=1e-9, atol=1e-12)
+
+
+def test_convolutions_take_no_batch_of_gradients() -> None:
+    model, _ = run(forward_mode, "sparse", steps=1)
+    out = model.wide(torch.randn(SHAPE, dtype=torch.float64))
+    with pytest.raises(ConfigError, match="`is_grads_batched`.*decelerate"):
+        torch.autograd.grad(out, model.wide.weight, torch.ones(2, *out.shape, dtype=out.dtype), is_grads_batched=True)
