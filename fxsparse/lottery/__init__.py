@@ -50,4 +50,4 @@ from fxsparse.lottery.run_directory import config_hash as config_hash
 from fxsparse.lottery.settings import IMP as IMP
 from fxsparse.lottery.ticket import Ticket as Ticket
 from fxsparse.lottery.ticket import load_ticket as load_ticket
-from fxsparse.lottery.ticket import save_ticket as save_ticket
+from fxsparse.lottery.ticket_save import save_ticket as save_ticket

@@ -25,7 +25,8 @@ from fxsparse.lottery.rewind import DataOrder, DeadWeights, Rewind, RewindOptimi
 from fxsparse.lottery.rounds import HISTORY, train_stretch
 from fxsparse.lottery.run_directory import committed, differing, is_committed, set_aside, sweep, unwritable, write_file
 from fxsparse.lottery.settings import IMP
-from fxsparse.lottery.ticket import Ticket, load_ticket, save_ticket
+from fxsparse.lottery.ticket import Ticket, load_ticket
+from fxsparse.lottery.ticket_save import save_ticket
 from fxsparse.nn import masks as live_masks
 from fxsparse.sparsity import MaskSet, tensor_sha256
 from fxsparse.training.loop import EpochRow, Task, TrainState, start

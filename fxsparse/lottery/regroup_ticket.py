@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from fxsparse.curvature.compensate import Compensation
 from fxsparse.lottery.regroup import RegroupReport, regroup
-from fxsparse.lottery.ticket import Ticket, save_ticket
+from fxsparse.lottery.ticket import Ticket
+from fxsparse.lottery.ticket_save import save_ticket
 from fxsparse.planning import transform
 from fxsparse.sparsity import Pattern, SharedSupport, generator
 from fxsparse.sparsity.counts import check_count
