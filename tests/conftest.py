@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests import device
+
 settings.register_profile("same", derandomize=True)  # a commit passes or fails; another draw is not its doing
 settings.register_profile("fresh")  # what `make test-all` looks for new failures with
 settings.load_profile("same")
@@ -30,3 +32,14 @@ def nothing_leaks() -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(bool(before["attention's fast path"]))
     torch.set_grad_enabled(bool(before["grad mode"]))
     assert after == before
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where tests put their tensors: cpu, cuda, elsewhere (simulated)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    name = config.getoption("--device")
+    if name != "cpu":
+        device.usable(name)
+        config.pluginmanager.register(device.Plugin(name), "device")

@@ -3,6 +3,7 @@
 // Compiled by tests/device_elsewhere.py.
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/Operators.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/Generator.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -205,6 +206,14 @@ struct Call {
   }
 };
 
+// torch turns some functions into their out= forms for devices that it does not know, of mse_loss into one that warns.
+struct ButForResizing final : c10::WarningHandler {
+  void process(const c10::Warning& warning) override {
+    if (warning.msg().find("An output with one or more elements was resized") == std::string::npos) before->process(warning);
+  }
+  c10::WarningHandler* before = c10::WarningUtils::get_warning_handler();
+};
+
 void anything(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
   const auto& arguments = op.schema().arguments();
   const size_t start = stack->size() - arguments.size();
@@ -214,6 +223,8 @@ void anything(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::St
   for (size_t i = 0; i < arguments.size(); i++)
     (*stack)[start + i] = call.lowered((*stack)[start + i], arguments[i], indices && arguments[i].name() != "self" && arguments[i].name() != "values");
   {
+    ButForResizing handler;
+    c10::WarningUtils::WarningHandlerGuard quiet(&handler);
     at::AutoDispatchBelowADInplaceOrView below;
     op.callBoxed(stack);
   }
@@ -233,6 +244,11 @@ Tensor empty_strided(c10::SymIntArrayRef size, c10::SymIntArrayRef stride, std::
     std::optional<at::Layout>, std::optional<at::Device>, std::optional<bool>) {
   return at::detail::empty_strided_generic(C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride), &allocator,
       c10::DispatchKeySet(DispatchKey::PrivateUse1), c10::dtype_or_default(dtype));
+}
+
+Tensor zeros(c10::SymIntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout> layout,
+    std::optional<at::Device> device, std::optional<bool> pin) {
+  return empty(size, dtype, layout, device, pin, std::nullopt).zero_();
 }
 
 Tensor as_strided(const Tensor& self, c10::SymIntArrayRef size, c10::SymIntArrayRef stride, std::optional<c10::SymInt> offset) {
@@ -299,6 +315,53 @@ int64_t plain_attention(const Tensor&, const Tensor&, const Tensor&, const std::
   return 0;  // the mathematical form
 }
 
+// The cells of recurrent layers, which are one kernel each on devices other than the CPU.
+
+Tensor with_bias(const Tensor& gates, const std::optional<Tensor>& bias) {
+  return bias.has_value() && bias->defined() ? gates + *bias : gates;
+}
+
+std::tuple<Tensor, Tensor, Tensor> lstm_cell(const Tensor& input_gates, const Tensor& hidden_gates, const Tensor& cx,
+    const std::optional<Tensor>& input_bias, const std::optional<Tensor>& hidden_bias) {
+  auto gates = with_bias(input_gates, input_bias).add(with_bias(hidden_gates, hidden_bias)).chunk(4, 1);
+  Tensor i = gates[0].sigmoid(), f = gates[1].sigmoid(), g = gates[2].tanh(), o = gates[3].sigmoid();
+  Tensor cy = f * cx + i * g;
+  return {o * cy.tanh(), cy, at::cat({i, f, g, o}, 1)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> lstm_cell_backward(const std::optional<Tensor>& grad_hy, const std::optional<Tensor>& grad_cy,
+    const Tensor& cx, const Tensor& cy, const Tensor& workspace, bool has_bias) {
+  auto parts = workspace.chunk(4, 1);
+  Tensor i = parts[0], f = parts[1], g = parts[2], o = parts[3], squashed = cy.tanh();
+  Tensor h = grad_hy.has_value() && grad_hy->defined() ? *grad_hy : at::zeros_like(cy);
+  Tensor c = h * o * (1 - squashed * squashed);
+  if (grad_cy.has_value() && grad_cy->defined()) c = c + *grad_cy;
+  Tensor gates = at::cat({c * g * i * (1 - i), c * cx * f * (1 - f), c * i * (1 - g * g), h * squashed * o * (1 - o)}, 1);
+  return {gates, c * f, has_bias ? gates.sum(0) : Tensor()};
+}
+
+std::tuple<Tensor, Tensor> gru_cell(const Tensor& input_gates, const Tensor& hidden_gates, const Tensor& hx,
+    const std::optional<Tensor>& input_bias, const std::optional<Tensor>& hidden_bias) {
+  auto x = with_bias(input_gates, input_bias).chunk(3, 1), h = with_bias(hidden_gates, hidden_bias).chunk(3, 1);
+  Tensor r = (x[0] + h[0]).sigmoid(), z = (x[1] + h[1]).sigmoid(), n = (x[2] + r * h[2]).tanh();
+  return {(1 - z) * n + z * hx, at::cat({r, z, n, hx, h[2]}, 1)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gru_cell_backward(const Tensor& grad, const Tensor& workspace, bool has_bias) {
+  auto parts = workspace.chunk(5, 1);
+  Tensor r = parts[0], z = parts[1], n = parts[2], hx = parts[3], hidden = parts[4];
+  Tensor to_n = grad * (1 - z) * (1 - n * n), to_z = grad * (hx - n) * z * (1 - z), to_r = to_n * hidden * r * (1 - r);
+  Tensor input_gates = at::cat({to_r, to_z, to_n}, 1), hidden_gates = at::cat({to_r, to_z, to_n * r}, 1);
+  return {input_gates, hidden_gates, grad * z, has_bias ? input_gates.sum(0) : Tensor(), has_bias ? hidden_gates.sum(0) : Tensor()};
+}
+
+std::tuple<Tensor, Tensor> dropout(const Tensor& x, double p, std::optional<bool> train) {
+  Tensor kept = at::empty_like(x, x.options().dtype(at::kBool));
+  if (train.has_value() && !*train) return {x.clone(), kept.fill_(true)};
+  kept.bernoulli_(1 - p);
+  return {p == 1 ? at::zeros_like(x) : x * kept * (1 / (1 - p)), kept};
+}
+
 // As between the CPU and CUDA: `model.to(device)` keeps its parameters' identity.
 bool compatible(const Tensor&, const Tensor&) { return true; }
 
@@ -307,6 +370,7 @@ TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromB
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("empty.memory_format", empty);
   m.impl("empty_strided", empty_strided);
+  m.impl("_efficientzerotensor", zeros);
   m.impl("as_strided", as_strided);
   m.impl("_reshape_alias", reshape_alias);
   m.impl("view", view);
@@ -321,10 +385,31 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("convolution_overrideable", convolution);
   m.impl("convolution_backward_overrideable", convolution_backward);
   m.impl("_fused_sdp_choice", plain_attention);
+  m.impl("native_dropout", dropout);
+  m.impl("_thnn_fused_lstm_cell", lstm_cell);
+  m.impl("_thnn_fused_lstm_cell_backward_impl", lstm_cell_backward);
+  m.impl("_thnn_fused_gru_cell", gru_cell);
+  m.impl("_thnn_fused_gru_cell_backward", gru_cell_backward);
   m.impl("_has_compatible_shallow_copy_type", compatible);
 }
 
 TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, m) { m.fallback(torch::CppFunction::makeFallthrough()); }
+
+#define LOWER(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, lower_precision_fp)
+#define FULL(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, fp32)
+TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m) {
+  AT_FORALL_LOWER_PRECISION_FP(LOWER)
+  AT_FORALL_FP32(FULL)
+}
+
+// The default generator, for the device's module in Python.
+at::Generator drawn_from() { return drawing(std::nullopt); }
+
+TORCH_LIBRARY(elsewhere, m) {
+  m.def("seed(int seed) -> ()", [](int64_t seed) { drawn_from().set_current_seed(seed); });
+  m.def("state() -> Tensor", []() { return Tensor::wrap_tensor_impl(drawn_from().unsafeGetGeneratorImpl()->get_state()); });
+  m.def("set_state(Tensor state) -> ()", [](const Tensor& state) { drawn_from().set_state(state.clone()); });
+}
 
 struct Registered {
   Registered() { at::RegisterPrivateUse1HooksInterface(new Hooks()); }

@@ -37,7 +37,7 @@ def collector_paused() -> Iterator[None]:
 def rng_fingerprint() -> bytes:
     """The states of all global random generators as bytes: equal exactly when no generator has moved."""
     state = rng_state()
-    devices = [state["torch"], *state.get("cuda", []), *([state["mps"]] if "mps" in state else [])]
+    devices = [state["torch"], *state.get("accelerator", []), *([state["mps"]] if "mps" in state else [])]
     return pickle.dumps(([bytes(device.numpy()) for device in devices], state["python"], state.get("numpy")))
 
 

@@ -18,7 +18,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxsparse.nn.select import selected
 
-_BATCHED = torch._C._parse_dispatch_key("Batched")
 _full: ContextVar[bool] = ContextVar("full", default=False)
 _collecting: tuple[weakref.ref[DenseGradients], ...] = ()  # weak: who drops a collector need not stop it
 
@@ -138,7 +137,7 @@ def _watch(result: Tensor, sink: Tensor) -> None:
 def is_wrapped(tensor: Tensor) -> bool:
     """Whether a `torch.func` transform, or `is_grads_batched`, holds this tensor: it must not outlive the call."""
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    return bool(wrapped or torch._C._dispatch_keys(tensor).has(_BATCHED))
+    return bool(wrapped or torch._C._dispatch_keys(tensor).has("Batched"))
 
 
 class _Accumulate:

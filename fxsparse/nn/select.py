@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from fxsparse.nn.sharded import part, part_like
 
@@ -102,6 +104,14 @@ def _fast(values: Tensor, mask: Tensor) -> bool:
     )
 
 
+def functions_are_seen() -> bool:
+    """Whether a mode sees calls of torch's functions, beyond one that only chooses their device."""
+    if torch._C._len_torch_function_stack() == 0:
+        return False
+    modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]  # untyped in torch
+    return any(not isinstance(mode, DeviceContext) for mode in modes)
+
+
 def _traced() -> bool:
     """Whether somebody records operators, or transforms them."""
     return (
@@ -109,6 +119,6 @@ def _traced() -> bool:
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._is_torch_function_mode_enabled()
+        or functions_are_seen()
         or torch.autograd.forward_ad._current_level >= 0
     )

@@ -6,7 +6,9 @@ import sys
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from fxsparse.errors import ConfigError
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -59,6 +61,17 @@ def fill_zeros_(tensor: Tensor, where: Tensor) -> None:
     part(tensor).masked_fill_(part_like(where, tensor), 0)
 
 
+def check_whole(model: nn.Module) -> None:
+    """Raise ConfigError for a model with a parameter that is spread over ranks; the message says how to gather it."""
+    name = next((name for name, parameter in model.named_parameters() if is_sharded(parameter)), None)
+    if name is not None:
+        raise ConfigError(
+            f"`{name}` (=DTensor) is spread over ranks: on every rank take torch.distributed.checkpoint.state_dict."
+            "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)), load it into the model as it "
+            "was before fully_shard, and go on with that one"
+        )
+
+
 def as_dtensor(tensor: Tensor) -> Any:
     """The tensor as a DTensor, for its own methods."""
-    return tensor.data if isinstance(tensor, torch.nn.Parameter) else tensor.detach()
+    return tensor.data if isinstance(tensor, nn.Parameter) else tensor.detach()

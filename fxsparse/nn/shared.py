@@ -322,7 +322,7 @@ def close_path(module: nn.Module) -> None:
     if path is None:
         return
     if path.packed:
-        raise ConfigError(f"`weight` of {type(module).__name__} is stored alive only; restore() the storage first")
+        raise ConfigError(f"`weight` of {type(module).__name__} is stored alive only; call restore_dense(handle) first")
     del module.__dict__[SHARED]
     drop_index(module)
 

@@ -57,7 +57,7 @@ def _item(several: Mapping[fx.Node, list[Known | None]], node: fx.Node) -> Known
 
 
 def _static(tensor: Tensor) -> Known:
-    value = tensor.detach()
+    value = tensor.detach().cpu()  # the search is made of NumPy's arrays, wherever the model is
     return Known(value, torch.ones((1,) * value.ndim, dtype=torch.bool).expand(value.shape), static=True)
 
 

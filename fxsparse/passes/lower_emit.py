@@ -123,15 +123,15 @@ class Emitter:
         node = parts[0] if len(parts) == 1 else self.scribe.call(ATEN.cat.default, parts, axis)
         sizes = sizes_of(lowered.site.node)
         assert sizes is not None
-        index, label = lowered.support.index, order[axis]
-        channels = None if index is None else Channels(label, index, len(lowered.support.computed))
+        index, label, device = lowered.support.index, order[axis], lowered.site.weight.device
+        channels = None if index is None else Channels(label, index.to(device), len(lowered.support.computed))
         return Value(node, order, sizes, channels)
 
     def _gather(
         self, lowered: Lowered, value: Value, axis: int, number: int, batch: Batch, inside: bool = False
     ) -> fx.Node:
         """The positions of all groups, one after the other; with ones behind those of each where a bias is `inside`."""
-        wanted, node = batch.positions, value.node
+        wanted, node = batch.positions.to(lowered.site.weight.device), value.node
         size = lowered.support.positions
         moved = value.channels is not None and value.channels.axis == value.order[axis]
         if value.channels is not None and moved:
@@ -141,7 +141,7 @@ class Emitter:
             wanted = torch.cat([wanted, wanted.new_full((batch.groups, 1), size)], 1)
             size += 1
         wanted = wanted.flatten()
-        if torch.equal(wanted, torch.arange(size)):
+        if torch.equal(wanted, torch.arange(size, device=wanted.device)):
             return node
         key = f"positions{number}" + (f"@{value.node.name}" if moved else "@" if inside else "")
         index = self._tensor(lowered, key, lambda: wanted, index=True)

@@ -108,13 +108,14 @@ def gathered(module: nn.Module, support: Support) -> GatheredConv:
         for batch in support.batches
     ]
     biases = [None if bias is None else batch.bias(bias.detach()).flatten() for batch in support.batches]
+    index = None if support.index is None else support.index.to(weight.device)
     options = {} if linear else {name: getattr(module, name) for name in ("stride", "padding", "dilation")}
     made = (GatheredLinear if linear else GatheredConv)(
-        [batch.positions.flatten() for batch in support.batches],
+        [batch.positions.flatten().to(weight.device) for batch in support.batches],
         [nn.Parameter(block, requires_grad=weight.requires_grad) for block in blocks],
         [None if found is None else nn.Parameter(found, requires_grad=weight.requires_grad) for found in biases],
         [batch.groups for batch in support.batches],
-        support.index,
+        index,
         **options,
     )
     return made

@@ -60,12 +60,13 @@ class Batch:
         """The dense blocks of a weight; padding is exactly zero."""
         extra = (1,) * (weight.ndim - 2)
         found = weight[self.rows.clamp(min=0)[:, :, None], self.positions[:, None, :]]
-        keep = (self.rows >= 0)[:, :, None] & self.used[:, None, :]
+        keep = ((self.rows >= 0)[:, :, None] & self.used[:, None, :]).to(weight.device)
         return torch.where(keep.reshape(*keep.shape, *extra), found, torch.zeros((), dtype=weight.dtype))
 
     def bias(self, bias: Shaped[Tensor, " rows"]) -> Shaped[Tensor, "groups group"]:
         """The bias of the computed rows; 0 at padding."""
-        return torch.where(self.rows >= 0, bias[self.rows.clamp(min=0)], torch.zeros((), dtype=bias.dtype))
+        computed = (self.rows >= 0).to(bias.device)
+        return torch.where(computed, bias[self.rows.clamp(min=0)], torch.zeros((), dtype=bias.dtype))
 
 
 @dataclass(frozen=True, eq=False)

@@ -163,7 +163,7 @@ class Values:
         return self._selected[value]
 
     def _select(self, node: fx.Node, axis: int, channels: Channels) -> fx.Node:
-        if torch.equal(channels.index, torch.arange(len(channels.index))):
+        if torch.equal(channels.index, torch.arange(len(channels.index), device=channels.index.device)):
             return self.scribe.call(ATEN.slice.Tensor, node, axis, 0, len(channels.index))
         index = self.scribe.tensor(f"{self.scribe.source or 'lowered'}_rows", channels.index)
         return self.scribe.call(ATEN.index_select.default, node, axis, index)

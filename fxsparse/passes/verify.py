@@ -18,6 +18,7 @@ from fxsparse.graph.inputs import opened, tensors_of
 from fxsparse.graph.scopes import mode_of, seeded
 from fxsparse.nn import alive_gains
 from fxsparse.nn import masks as masks_of
+from fxsparse.nn.recurrence import differentiable_recurrence
 from fxsparse.passes.equivalence import DIFFERENT, EXACT, Close, Equivalence
 
 _SEED = 20250
@@ -162,7 +163,7 @@ def _observe(
                 clone = clone._apply(partial(_widened, dtype=dtype))  # type: ignore[no-untyped-call]  # torch leaves it so
                 args, kwargs = _cast((args, kwargs), dtype)
             args, kwargs = fresh_inputs(args, kwargs)
-            with mode_of(clone, training), torch.enable_grad():
+            with mode_of(clone, training), torch.enable_grad(), differentiable_recurrence(clone):
                 outputs = opened(clone(*args, **kwargs))
                 _backward(outputs)
         except Exception as error:  # whatever the user's forward raises is what there is to observe

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fxsparse.errors import ConfigError, DataError
 from fxsparse.graph.channels_groups import ChannelGroup, Member
 from fxsparse.graph.scopes import mode_of
+from fxsparse.nn.recurrence import differentiable_recurrence
 from fxsparse.passes.compact_verify import owned_copy
 from fxsparse.planning.prune_groups import prunable_groups
 from fxsparse.planning.prune_saliency import slices
@@ -45,7 +46,7 @@ def group_fisher(
     parameters = {name: p.requires_grad_(True) for name, p in copy.named_parameters() if p.is_floating_point()}
     totals = {group.id: torch.zeros(group.channels, dtype=torch.float64) for group in groups}
     count = 0
-    with mode_of(copy, False), torch.enable_grad():
+    with mode_of(copy, False), torch.enable_grad(), differentiable_recurrence(copy):
         for sample in samples:
             value = loss(copy, sample)
             _check(value, count)

@@ -41,8 +41,8 @@ def preserved_rng() -> Iterator[None]:
         yield
     finally:
         torch.set_rng_state(state["torch"])
-        if "cuda" in state:
-            torch.cuda.set_rng_state_all(state["cuda"])
+        if "accelerator" in state:
+            used_accelerator().set_rng_state_all(state["accelerator"])
         if "mps" in state:
             torch.mps.set_rng_state(state["mps"])
         random.setstate(state["python"])
@@ -50,11 +50,28 @@ def preserved_rng() -> Iterator[None]:
             sys.modules["numpy"].random.set_state(state["numpy"])
 
 
+def used_accelerator() -> Any:
+    """The module of the devices beside the CPU, such as torch.cuda; None where there are none or none was used."""
+    device = torch.accelerator.current_accelerator()
+    if device is None or device.type == "mps":  # a module of other functions, which is asked for itself
+        return None
+    module = torch.get_device_module(device)
+    if not hasattr(module, "set_rng_state_all"):  # a backend without random numbers
+        return None
+    return module if module.is_available() and module.is_initialized() else None
+
+
+def accelerator_states() -> list[Tensor]:
+    """The random states of those devices."""
+    module = used_accelerator()
+    return [] if module is None else list(module.get_rng_state_all())
+
+
 def rng_state() -> dict[str, Any]:
     """The state of every global random generator, by its library's name."""
     state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        state["cuda"] = torch.cuda.get_rng_state_all()
+    if states := accelerator_states():
+        state["accelerator"] = states
     if torch.backends.mps.is_available():
         state["mps"] = torch.mps.get_rng_state()
     numpy = sys.modules.get("numpy")
@@ -71,8 +88,8 @@ def seeded(seed: int) -> Iterator[None]:
     """
     with preserved_rng():
         torch.default_generator.manual_seed(seed)
-        if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.manual_seed_all(seed)
+        if (accelerator := used_accelerator()) is not None:
+            accelerator.manual_seed_all(seed)
         if torch.backends.mps.is_available():
             torch.mps.manual_seed(seed)
         random.seed(seed)

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fxsparse.errors import ConfigError
 from fxsparse.nn import MaskedWeight
+from fxsparse.nn.recurrence import differentiable_recurrence
 from fxsparse.sparsity.saliency import Saliency
 from fxsparse.training.batches import call, samples_of
 from fxsparse.training.distributed import process_group, summed, unwrap
@@ -58,6 +59,7 @@ class Calibration:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng())
             stack.enter_context(training_mode(self.model, self.train))
+            stack.enter_context(differentiable_recurrence(self.model))
             stack.enter_context(_kept_buffers(self.model))
             stack.enter_context(_trainable([masked.weight for masked in self.weights.values()]))
             self._scope = stack.pop_all()

@@ -182,7 +182,7 @@ def start_from(task: Task, model: nn.Module, seed: int) -> TrainState:
     scheduler = None if task.scheduler is None else task.scheduler(optimizer, task.total_steps)
     scaler = torch.amp.GradScaler(device.type) if task.autocast is torch.float16 else None
     random = {"cpu": torch.Generator().manual_seed(seed).get_state()}
-    if device.type == "cuda":
+    if device.type != "cpu":
         random[str(device)] = torch.Generator(device).manual_seed(seed).get_state()
     return TrainState(
         model, optimizer, scheduler, scaler, seed, 0, 0, random, torch.zeros((), dtype=torch.float64, device=device)

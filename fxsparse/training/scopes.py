@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 def read_streams(names: Iterable[str]) -> dict[str, Tensor]:
     """The random states of devices (uint8) by device name."""
-    return {n: torch.get_rng_state() if n == "cpu" else torch.cuda.get_rng_state(n) for n in names}
+    return {n: torch.get_rng_state() if n == "cpu" else _module(n).get_rng_state(n) for n in names}
 
 
 def set_streams(streams: dict[str, Tensor]) -> None:
@@ -20,7 +21,11 @@ def set_streams(streams: dict[str, Tensor]) -> None:
         if name == "cpu":
             torch.set_rng_state(stream)
         else:
-            torch.cuda.set_rng_state(stream, name)
+            _module(name).set_rng_state(stream, name)
+
+
+def _module(device: str) -> Any:
+    return torch.get_device_module(torch.device(device))
 
 
 @contextlib.contextmanager

@@ -30,6 +30,10 @@ CASES = {
     # pattern, alive-only, method, fast mode
     "unstructured static": (fxsparse.Unstructured(), False, STATIC, None),
     "unstructured rigl": (fxsparse.Unstructured(), False, RIGL, None),
+    "unstructured set": (fxsparse.Unstructured(), False, fxsparse.SET(sparsity=0.75, every=50), None),
+    "unstructured mest": (fxsparse.Unstructured(), False, fxsparse.MEST(sparsity=0.75, every=50), None),
+    "fan-in srigl": (fxsparse.ConstantFanIn(), False, fxsparse.SRigL(sparsity=0.75, every=50), None),
+    "1:4 static": (fxsparse.NByM(1, 4), False, STATIC, None),
     "shared dense": (fxsparse.SharedSupport(8), False, STATIC, fxsparse.FastMode.DENSE),
     "shared sparse": (
         fxsparse.SharedSupport(8),

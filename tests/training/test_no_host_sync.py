@@ -11,4 +11,4 @@ def test_ordinary_steps_ask_no_tensor_for_its_values() -> None:
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     lines = done.stdout.splitlines()
-    assert len(lines) == 7 and all(line.endswith(": never waits") for line in lines), done.stdout
+    assert len(lines) == 11 and all(line.endswith(": never waits") for line in lines), done.stdout
