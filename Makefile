@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := torch==2.13.0
 RUN := demo
+DEVICE ?= cuda
 WORKERS ?= 2
 
-.PHONY: demo test test-all lint types doctest docs check bench clean
+.PHONY: demo test test-all test-device lint types doctest docs check bench clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +24,9 @@ test: $(READY)
 
 test-all: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(WORKERS) --dist worksteal -q --hypothesis-profile=fresh
+
+test-device: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --device $(DEVICE) -q
 
 doctest: $(READY)
 	$(BIN)/python -m pytest fxsparse README.md docs -q --ignore=fxsparse/nn/shared_triton_kernels.py  # imports triton

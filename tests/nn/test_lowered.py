@@ -26,6 +26,7 @@ def test_a_linear_layer_of_any_rank(lead: tuple[int, ...], bias: bool) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 1}, {"padding": "same", "dilation": 2}], ids=str)
 def test_a_convolution(options: dict[str, object]) -> None:
+    torch.manual_seed(0)
     layer = nn.Conv2d(12, 24, 3, **options).double()  # type: ignore[arg-type]  # torch's own options
     mask = SharedSupport(8).mask(torch.rand(24, 12, 3, 3), 0.6)
     layer.weight.data *= mask
