@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,32 +11,30 @@ import torch
 from torch import Tensor, nn
 
 from fxsparse.curvature.collector_engine import Collected, Engine, Recipe, check_recipe
-from fxsparse.curvature.collector_moments import Moments
-from fxsparse.curvature.collector_options import GroupInfo, check_options, chosen_parameters
+from fxsparse.curvature.collector_options import check_options, chosen_parameters
 from fxsparse.curvature.collector_ranks import own_draws, set_draws
+from fxsparse.curvature.collector_readings import DEFAULT_TASK, Readings
 from fxsparse.curvature.collector_settled import Settled, until_settled
 from fxsparse.curvature.collector_tasks import Tasks, TaskState
-from fxsparse.curvature.fisher_batch import read_batch
+from fxsparse.curvature.fisher_batch import FisherBatch, read_batch
 from fxsparse.curvature.fisher_scope import check_batch_norms, collecting_scope
-from fxsparse.curvature.fisher_squares import Entry
 from fxsparse.curvature.fisher_types import FisherType
-from fxsparse.curvature.groups import Grouping
 from fxsparse.curvature.groups_types import GroupRule, Heads, aliases_of, check_groups
-from fxsparse.curvature.keys import Key, check_parameters, check_task, restrict
+from fxsparse.curvature.kept_state import KeptParameters
+from fxsparse.curvature.keys import Key, check_parameters, check_task
 from fxsparse.curvature.losses import CallableLoss, as_loss
 from fxsparse.curvature.operator_data import one_output
 from fxsparse.curvature.storage import Storage
-from fxsparse.errors import ConfigError, DataError
+from fxsparse.errors import ConfigError, DataError, FxSparseError
+from fxsparse.graph.inputs import tensors_of
 from fxsparse.training.distributed import unwrap
 from fxsparse.training.gathered import Gathered
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-DEFAULT_TASK = "default"
 
-
-class FisherCollector:
+class FisherCollector(Readings):
     """Collects the diagonal of a Fisher matrix, summed over groups of parameters: F_g = (1/M) sum_n u_n,g.
 
     u_n,g is the sum over the entries of a group of the squared gradient of sample n alone; all uses of a tied or reused
@@ -72,7 +71,8 @@ class FisherCollector:
         settled: whether the last `collect` ended because the largest groups had settled; None before one.
 
     Raises:
-        ConfigError: an option that does not exist, or no parameter.
+        ConfigError: an option that does not exist, no module, no parameter, or one that is complex or stored alive
+            only.
         CoupledSamples: a norm that mixes samples.
     """
 
@@ -99,9 +99,13 @@ class FisherCollector:
         variance: bool = True,
         output: Callable[[Any], Tensor] = one_output,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"`model` (={type(model).__name__}) must be a torch.nn.Module")
         self.model = unwrap(model)
         self._gathered = Gathered.of(self.model)
         check_options(unit, accumulate, support, absent, beta)
+        if not isinstance(generator, torch.Generator | None):
+            raise ConfigError(f"`generator` (={generator!r}) must be a torch.Generator, or None")
         check_groups(groups)
         check_batch_norms(self.model, bn)
         self.kind, self.unit, self.bn, self.storage = FisherType.of(kind), unit, bn, Storage.of(storage)
@@ -119,6 +123,7 @@ class FisherCollector:
             self._engine = Engine(self.model, chosen, output, groups, heads, recipe)
         self._device = next(iter(chosen.values())).device
         self._generator = generator
+        self._written = KeptParameters(self.model)
         self._tasks = Tasks()
         self.settled: bool | None = None
 
@@ -132,7 +137,8 @@ class FisherCollector:
             task: to which task it belongs.
 
         Raises:
-            DataError: a batch that cannot be read, or whose squares are NaN or infinite.
+            ConfigError: a weight is stored alive only by now.
+            DataError: a batch that cannot be read or run by the model, or whose squares are NaN or infinite.
             CoupledSamples: the loss of a sample depends on the others.
             UncoveredParameter: a parameter whose per-sample gradients cannot be had.
             UnsupportedLoss: the loss has no curvature of this kind.
@@ -151,103 +157,6 @@ class FisherCollector:
         if not found.mass:
             raise DataError("the batch holds no unit that counts: every position is masked or ignored")
         return {str(Key(task, *entry)): self._shaped(entry, moments.mean()) for entry, moments in found.moments.items()}
-
-    def get(
-        self,
-        task: str = DEFAULT_TASK,
-        expand: bool = False,
-        param: str | None = None,
-        group_type: str | None = None,
-    ) -> dict[str, Tensor]:
-        """F by key: [groups], or the parameter's shape for single entries.
-
-        Args:
-            task: the task.
-            expand: whether sums are spread evenly over their entries, into tensors of the parameters' shapes.
-            param: only this parameter (its whole first name).
-            group_type: only this group type.
-
-        Raises:
-            ConfigError: the task is not known, or nothing fits.
-        """
-        state = self._tasks.known(task)
-        values = {str(Key(task, *entry)): entry for entry in state.entries()}
-        chosen = restrict(values, param=param, group_type=group_type)
-        if not chosen:
-            raise ConfigError(
-                f"`param` (={param!r}) with `group_type` (={group_type!r}) names nothing of task {task!r}"
-            )
-        return {key: self._read(entry, state.mean(entry), expand) for key, entry in chosen.items()}
-
-    def parameters(self, task: str = DEFAULT_TASK) -> dict[str, Tensor]:
-        """F by parameter name, in the parameters' shapes: what damage, EWC and merging take.
-
-        Sums of groups are spread evenly over their entries; the groups of one parameter (queries, keys and values of a
-        fused projection) are put together. A tied parameter comes under its first name.
-
-        Raises:
-            ConfigError: the task is not known.
-            DataError: it has no unit that counts.
-        """
-        state, found = self._tasks.known(task), dict[str, Tensor]()
-        for entry in state.entries():
-            spread = self._read(entry, state.mean(entry), True)
-            found[entry[0]] = found[entry[0]] + spread if entry[0] in found else spread
-        if not found:
-            raise DataError(f"`task` (={task!r}) has no unit that counts: update the collector first")
-        return found
-
-    def effective_size(self, task: str = DEFAULT_TASK) -> dict[str, float]:
-        """Effective number of units (samples or sequences) behind F, by key: V1^2 / V2 of their weights.
-
-        A mean weighs all alike, so that it is their number; an exponential mean forgets: with equal batches of n it
-        tends to n (1 + beta) / (1 - beta). It is 0 where `absent` (="skip") has left a parameter out so far.
-
-        Raises:
-            ConfigError: the task is not known.
-        """
-        state = self._tasks.known(task)
-        return {str(Key(task, *entry)): state.effective(entry) for entry in state.entries()}
-
-    def variance(self, task: str = DEFAULT_TASK) -> dict[str, Tensor]:
-        """Unbiased variance over units (samples or sequences) of u, by key.
-
-        Raises:
-            ConfigError: the task is not known, or variances are not kept.
-            DataError: fewer than two units.
-        """
-        return self._of_moments(task, Moments.variance)
-
-    def standard_error(self, task: str = DEFAULT_TASK) -> dict[str, Tensor]:
-        """Standard error of F, by key; per token that of the ratio of sums over sequences.
-
-        Raises:
-            ConfigError: the task is not known, or variances are not kept.
-            DataError: fewer than two units.
-        """
-        return self._of_moments(task, Moments.standard_error)
-
-    def consolidate(self, task: str = DEFAULT_TASK) -> dict[str, Tensor]:
-        """Keep a snapshot of the task's F in the collector's storage format, and return what it reads as.
-
-        Running sums stay as they are, in fp32 or wider; the snapshot is what `snapshot` and `save` know.
-
-        Raises:
-            ConfigError: the task is not known.
-        """
-        self._tasks.known(task).consolidate(self.storage)
-        return self.snapshot(task)
-
-    def snapshot(self, task: str = DEFAULT_TASK) -> dict[str, Tensor]:
-        """What `consolidate` kept, by key.
-
-        Raises:
-            ConfigError: the task is not known or was not consolidated.
-        """
-        state = self._tasks.known(task)
-        if not state.stored:
-            raise ConfigError(f"`task` (={task!r}) was not consolidated: call consolidate first")
-        return {str(Key(task, *entry)): self._shaped(entry, each.read()) for entry, each in state.stored.items()}
 
     def collect(
         self, batches: Iterable[Any], task: str = DEFAULT_TASK, *, top: int, overlap: float = 0.99, patience: int = 3
@@ -268,7 +177,7 @@ class FisherCollector:
             How many batches were used.
 
         Raises:
-            ConfigError: a number out of range, or fewer than `top` groups.
+            ConfigError: a number out of range (nothing has changed then), or fewer than `top` groups.
             DataError: as `update`, here or on another rank.
         """
         watch = Settled(top, overlap, patience)
@@ -279,41 +188,6 @@ class FisherCollector:
 
         used, self.settled = until_settled(batches, lambda batch: self.update(batch, task), pooled, watch)
         return used
-
-    def tasks(self) -> tuple[str, ...]:
-        """The tasks with updates."""
-        return tuple(self._tasks)
-
-    def skipped(self, task: str = DEFAULT_TASK) -> int:
-        """How many batches of the task held no unit that counts."""
-        state = self._tasks.known(task)
-        return state.skipped + state.shared_skipped
-
-    def metadata(self, key: str) -> GroupInfo:
-        """What belongs to a key.
-
-        Raises:
-            ConfigError: there is no such key.
-        """
-        parsed = Key.of(key)
-        state = self._tasks.known(parsed.task)
-        entry = parsed.param, parsed.group_type
-        if entry not in state.entries():
-            raise ConfigError(f"`key` (={key!r}) does not exist; keys look like {next(iter(state.entries()), None)}")
-        aliases, slow = self._aliases[parsed.param], self._engine.slow.get(parsed.param, "")
-        return GroupInfo.of(self._grouping(entry), aliases, state.units(entry), slow)
-
-    def clear(self, task: str | None = None) -> None:
-        """Forget a task altogether, or all of them.
-
-        Raises:
-            ConfigError: the task is not known.
-        """
-        if task is None:
-            self._tasks.clear()
-        else:
-            self._tasks.known(task)
-            del self._tasks[task]
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
         """Add up what the ranks have collected, so that all hold what one process would have.
@@ -341,14 +215,16 @@ class FisherCollector:
 
         Raises:
             ConfigError: another schema version, a collector with another loss or other settings, groups, parameters or
-                shapes, or the state of another one of several ranks with sums that were not reduced.
+                shapes, the state of another one of several ranks with sums that were not reduced, or a damaged state.
+                Nothing has changed then.
         """
-        from fxsparse.curvature.collector_file import tasks_of
+        from fxsparse.curvature.collector_restore import tasks_of
 
         with self._gathered.stand_ins():
             known = self._engine.known()
-        self._tasks = Tasks(tasks_of(state, self._settings(), self._shapes(), known))
+        tasks = tasks_of(state, self._settings(), self._shapes(), known)
         set_draws(self._draws(), state["generator"], state["rank"])
+        self._tasks = Tasks({task: held.to(self._place()) for task, held in tasks.items()})
 
     def save(self, path: str | Path) -> None:
         """Write the state to a safetensors file, bit for bit, in one step.
@@ -368,18 +244,45 @@ class FisherCollector:
         """
         from fxsparse.curvature.collector_file import read
 
+        if not isinstance(path, str | Path):
+            raise ConfigError(f"`path` (={path!r}) must be a path")
         self.load_state_dict(read(Path(path)))
 
     def _collect(self, batch: Any, task: str) -> Collected:
         read = read_batch(batch, self._device)
         check_batch_norms(self.model, self.bn)
         draws = self._draws()
-        with self._gathered.whole(), collecting_scope(self.model), self._engine.undone(draws):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._gathered.whole())  # all ranks together, also with an empty batch
             if not read.samples:
                 return Collected({}, 0.0, frozenset())
-            found = self._engine.collect(read, draws)
+            stack.enter_context(collecting_scope(self.model))
+            stack.enter_context(self._written.kept())
+            stack.enter_context(self._engine.undone(draws))
+            try:
+                found = self._engine.collect(read, draws)
+            except (FxSparseError, MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                self._check_runs(read, error)
+                raise
             found.check_finite()
             return found
+
+    def _check_runs(self, batch: FisherBatch, error: Exception) -> None:
+        """Raise DataError where the model itself, as it is, cannot run on a batch or on one of its samples."""
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_of(batch.fresh()))
+        for part, what in ((batch, "this batch"), (batch.select([0]), "one sample of this batch")):
+            args, kwargs = part.fresh()
+            try:
+                with torch.no_grad():
+                    self.model(*args, **kwargs)
+            except Exception as own:
+                told = f"{type(own).__name__}: {own}"
+                raise DataError(
+                    f"the model cannot run on {what} (={shapes}), whose samples lie along axis 0; nothing was added: "
+                    f"{told}"
+                ) from error
 
     def _draws(self) -> torch.Generator:
         if self._generator is None:
@@ -397,20 +300,3 @@ class FisherCollector:
 
     def _place(self) -> torch.device:
         return self._device if self.storage is Storage.FP32 else torch.device("cpu")
-
-    def _grouping(self, entry: Entry) -> Grouping:
-        with self._gathered.stand_ins():
-            return self._engine.grouping(entry)
-
-    def _shaped(self, entry: Entry, values: Tensor) -> Tensor:
-        return values.reshape(self._grouping(entry).output_shape).clone()
-
-    def _read(self, entry: Entry, values: Tensor, expand: bool) -> Tensor:
-        return self._grouping(entry).expand(values).clone() if expand else self._shaped(entry, values)
-
-    def _of_moments(self, task: str, rule: Callable[[Moments], Tensor]) -> dict[str, Tensor]:
-        state = self._tasks.known(task)
-        if not self._engine.recipe.separate:
-            raise ConfigError("variances are kept by `variance` (=True) with `accumulate` (='mean') only")
-        wholes = {entry: state.whole(entry) for entry in state.entries()}
-        return {str(Key(task, *entry)): self._shaped(entry, rule(each)) for entry, each in wholes.items()}

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fxsparse.curvature.dense_storage import check_stored_dense
 from fxsparse.curvature.groups import Grouping
 from fxsparse.curvature.groups_types import aliases_of
+from fxsparse.curvature.operator_space import own_parameters
 from fxsparse.errors import ConfigError
 
 
@@ -44,23 +46,30 @@ def chosen_parameters(model: nn.Module, wanted: Collection[str] | None) -> dict[
     """The parameters by first name that are wanted, or all that require gradients.
 
     Raises:
-        ConfigError: a name that is no parameter's, or nothing is left.
+        ConfigError: a name that is no parameter's, nothing is left, or a parameter is complex or stored alive only.
     """
-    named = dict(model.named_parameters())
+    named = own_parameters(model)
     if wanted is None:
         found = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
     else:
-        first = {alias: names[0] for names in aliases_of(model).values() for alias in names}
+        first = {alias: names[0] for names in aliases_of(model).values() for alias in names if names[0] in named}
         unknown = [name for name in wanted if name not in first]
         if unknown:
             raise ConfigError(f"`parameters` (={unknown[0]!r}) is no parameter of the model")
         found = {first[name]: named[first[name]] for name in wanted}
-    floating = {name: parameter for name, parameter in found.items() if parameter.is_floating_point()}
-    if not floating:
+    for name, parameter in found.items():
+        if not parameter.is_floating_point():
+            kind = "complex" if parameter.is_complex() else "of integers"
+            raise ConfigError(
+                f"`{name}` (={parameter.dtype}) is {kind}, and squares are those of real gradients: leave it out, "
+                "naming the others in `parameters`"
+            )
+    if not found:
         raise ConfigError(
             "the model has no floating-point parameter that requires gradients: name them in `parameters`"
         )
-    return floating
+    check_stored_dense(model, found)
+    return found
 
 
 def check_options(unit: str, accumulate: str, support: str, absent: str, beta: float) -> None:

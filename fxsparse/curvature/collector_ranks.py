@@ -31,9 +31,16 @@ def own_draws(device: torch.device) -> torch.Generator:
 
 
 def set_draws(generator: torch.Generator, state: torch.Tensor, saved_by: int) -> None:
-    """Go on with saved draws; another rank than the one that saved them derives its own from them."""
-    if saved_by == rank():
-        generator.set_state(state)
+    """Go on with saved draws; another rank or kind of device than that which saved them derives its own from them.
+
+    Raises:
+        ConfigError: it is the state of no generator.
+    """
+    if saved_by == rank() and state.shape == generator.get_state().shape:
+        try:
+            generator.set_state(state.cpu())
+        except RuntimeError as error:
+            raise ConfigError(f"`generator` of the state is damaged: {error}") from error
         return
     digest = hashlib.sha256(state.cpu().numpy().tobytes() + str(rank()).encode()).digest()
     generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fxsparse.curvature.collector_ranks import agreed
 from fxsparse.errors import ConfigError
+from fxsparse.sparsity.counts import check_count, check_fraction
 
 _END = object()
 
@@ -26,8 +27,10 @@ class Settled:
     """
 
     def __init__(self, top: int, overlap: float, patience: int) -> None:
-        if top < 1 or not 0 < overlap <= 1 or patience < 1:
-            raise ConfigError(f"`top` (={top}), `overlap` (={overlap}) and `patience` (={patience}) must be positive")
+        check_count(top, "top", 1)
+        check_count(patience, "patience", 1)
+        if not 0 < check_fraction(overlap, "overlap"):
+            raise ConfigError(f"`overlap` (={overlap}) must be positive, at most 1")
         self.top, self.overlap, self.patience = top, overlap, patience
         self._before: set[int] = set()
         self._looks = 0

@@ -12,7 +12,7 @@ from fxsparse.curvature.collector_engine import Collected
 from fxsparse.curvature.collector_moments import Decaying, Moments
 from fxsparse.curvature.fisher_squares import Entry
 from fxsparse.curvature.storage import Storage, Stored, store
-from fxsparse.errors import ConfigError
+from fxsparse.errors import ConfigError, DataError
 
 
 @dataclass(eq=False)
@@ -79,6 +79,15 @@ class TaskState:
                 running.step(total, found.mass, beta, new.count)
             self.mass[entry] = self.mass.get(entry, 0.0) + found.mass
 
+    def to(self, device: torch.device) -> TaskState:
+        """The same on a device, snapshots too, which lie with the sums unless they are stored on the CPU."""
+        for moments in (self.moments, self.shared):
+            moments.update({entry: each.to(device) for entry, each in moments.items()})
+        for running in self.decaying.values():
+            running.num = None if running.num is None else running.num.to(device)
+        self.stored = {entry: each.to(device) for entry, each in self.stored.items()}
+        return self
+
     def consolidate(self, storage: Storage) -> None:
         """Keep a snapshot."""
         self.stored = {entry: store(self.mean(entry), storage) for entry in self.entries()}
@@ -97,3 +106,15 @@ class Tasks(dict[str, TaskState]):
             known = ", ".join(map(repr, self)) or "none yet"
             raise ConfigError(f"`task` (={task!r}) is not known; tasks with updates: {known}")
         return self[task]
+
+    def seen(self, task: str) -> TaskState:
+        """The state of a task with units.
+
+        Raises:
+            ConfigError: it has had no update.
+            DataError: it has had no unit that counts.
+        """
+        state = self.known(task)
+        if not state.entries():
+            raise DataError(f"`task` (={task!r}) has no unit that counts (every batch was skipped): update it further")
+        return state

@@ -82,7 +82,8 @@ def _stacked_rows(
         for first in range(0, batch.samples, size):
             last = min(first + size, batch.samples)
             rows = engine.rows(batch.cut(first, last), column[None, first:last], names)
-            yield torch.cat([rows[name][0].flatten(1) for name in names], 1)
+            parts = [rows[name][0].reshape(last - first, engine.space.shapes[name].numel()) for name in names]
+            yield torch.cat(parts, 1)
 
 
 def _outputs(engine: Engine, batch: Batch, layers: LayerSquares | None) -> Tensor:

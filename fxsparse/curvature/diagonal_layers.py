@@ -51,7 +51,7 @@ class LayerSquares:
                     own = {name: self.engine.parameter(name) for name in self.engine.space.shapes}
                     self._taps = Taps(self.engine.model, own, self.engine.output)
                     self._taps.examine(piece)
-                self._made = self._taps.run(piece)
+                self._made = self._taps.run(piece.sharing(self._taps.shared))
         except Unstable:
             self._able = False  # the model goes another way on other inputs
             return None
@@ -63,7 +63,7 @@ class LayerSquares:
             return frozenset()
         made, self._made = self._made, None
         shapes = self.engine.space.shapes
-        covered = frozenset(name for name in shapes if name not in self._taps.refused)
+        covered = frozenset(name for name in shapes if name not in made.refused)
         groupings = {name: (element(tuple(shape)),) for name, shape in shapes.items() if name in covered}
         squares = Squares(made.samples, groupings, {}, dense=bool(self.engine.space.opened), separate=False)
         with collecting_scope(self.engine.model):

@@ -114,10 +114,9 @@ def lobpcg(
     if which == "BE":
         raise ConfigError("`which` (='BE') is for method='lanczos'; lobpcg finds one end at a time, LA or SA")
     tools = _Tools(operator, k, which, tol, generator)
-    x = torch.zeros(tools.size, k, dtype=torch.float64)
-    x[tools.coordinates] = torch.randn(tools.active, k, generator=tools.source, dtype=torch.float64)
-    x = torch.linalg.qr(x).Q
-    ax, steps = tools.times(x), x[:, :0]
+    x = torch.randn(tools.active, k, generator=tools.source, dtype=torch.float64)
+    x = torch.linalg.qr(x).Q  # [s, k] on the support alone: outside of it G_S is zero, also with damping
+    ax, steps = tools.times_within(x), x[:, :0]
     values, residuals, invariant = torch.zeros(k, dtype=torch.float64), torch.zeros(k, dtype=torch.float64), False
     for _ in range(iters or 200):
         ritz, turn = torch.linalg.eigh(x.mT @ ax)
@@ -131,14 +130,14 @@ def lobpcg(
         invariant = not fresh.shape[1]
         if invariant:
             break
-        afresh = tools.times(fresh)
+        afresh = tools.times_within(fresh)
         whole, awhole = torch.cat([x, fresh], 1), torch.cat([ax, afresh], 1)
         ritz, turn = torch.linalg.eigh(whole.mT @ awhole)
         chosen = turn[:, tools.wanted(ritz)]
         steps = fresh @ chosen[k:]
         x, ax = whole @ chosen, awhole @ chosen
     places = torch.arange(k)
-    return tools.result(values, places, x, residuals, tools.products, invariant)
+    return tools.result(values, places, tools.whole(x), residuals, tools.products, invariant)
 
 
 def _new_directions(basis: Float[Tensor, "n k"], columns: Float[Tensor, "n m"]) -> Float[Tensor, "n r"]:
@@ -180,6 +179,15 @@ class _Tools:
         self.products += columns.shape[1]
         found: Tensor = self.operator.mm(columns.to(device=self.device, dtype=self.dtype))
         return found.detach().cpu().double()
+
+    def whole(self, columns: Float[Tensor, "s k"]) -> Float[Tensor, "n k"]:
+        """Columns on the support, with zeros outside."""
+        found = torch.zeros(self.size, columns.shape[1], dtype=torch.float64)
+        found[self.coordinates] = columns
+        return found
+
+    def times_within(self, columns: Float[Tensor, "s k"]) -> Float[Tensor, "s k"]:
+        return self.times(self.whole(columns))[self.coordinates]
 
     def start(self, given: Tensor | None) -> Float[Tensor, " n"]:
         vector = torch.zeros(self.size, dtype=torch.float64)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fxsparse.curvature.damage_tensors import Tensors, matched
+from fxsparse.curvature.operator_space import own_parameters
 from fxsparse.errors import ConfigError
 from fxsparse.nn import masked_weights
 
@@ -58,21 +59,26 @@ class EWC:
         """The tasks that have been consolidated and count; online the last one alone."""
         return tuple(self._anchors)
 
-    def consolidate(self, task: str, fisher: Tensors, model: nn.Module) -> None:
+    def consolidate(self, task: str, fisher: Tensors, model: nn.Module, *, free: Collection[str] = ()) -> None:
         """Take a task's Fisher and copy the parameters as they are now: the only moment at which the anchor moves.
 
         Args:
             task: Its name; a task that is consolidated again replaces its earlier self.
-            fisher: Its Fisher diagonal by parameter name; parameters without one are free.
+            fisher: Its Fisher diagonal by parameter name, of all parameters that require gradients but the free ones.
             model: Where the parameters are.
+            free: Names of parameters that nothing holds to this task.
 
         Raises:
-            ConfigError: an empty name, or a Fisher of no parameter or another shape.
+            ConfigError: an empty name, a missing Fisher, or one of no parameter or of another shape.
             DataError: a Fisher is negative or not finite.
         """
         if not task:
             raise ConfigError("`task` (='') must be a name")
         held = _held(model, fisher)
+        given = {id(parameter) for parameter in (*held.values(), *_held(model, free, "free").values())}
+        for name, parameter in own_parameters(model).items():
+            if parameter.requires_grad and id(parameter) not in given:
+                raise ConfigError(f"`fisher` has no entry for `{name}` of the model: collect it, or name it in `free`")
         pairs = matched(fisher, held, "model")
         mine = {name: f.to(held[name]).clone() for name, f, _ in pairs}
         point = {name: held[name].detach().clone() for name in mine}
@@ -128,9 +134,9 @@ class EWC:
         self._anchors = {t: _Anchor(a["fisher"], a["point"]) for t, a in state_dict["anchors"].items()}
 
 
-def _held(model: nn.Module, names: Tensors) -> dict[str, nn.Parameter]:
+def _held(model: nn.Module, names: Iterable[str], what: str = "fisher") -> dict[str, nn.Parameter]:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     missing = [name for name in names if name not in parameters]
     if missing:
-        raise ConfigError(f"`fisher` names `{missing[0]}`, which is no parameter of the model")
+        raise ConfigError(f"`{what}` names `{missing[0]}`, which is no parameter of the model")
     return {name: parameters[name] for name in names}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ class FisherBatch:
         mask: [N, T], which positions count; None where all do.
         samples: their number N.
         shift: whether the outputs at a position predict the next one, so that targets and mask move by one.
+        own: of each leaf of (args, kwargs, targets, mask), whether it has the samples along axis 0; by its length where
+            it is not given.
     """
 
     args: tuple[Any, ...]
@@ -34,15 +36,51 @@ class FisherBatch:
     mask: Tensor | None
     samples: int
     shift: bool
+    own: tuple[bool, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.own:
+            object.__setattr__(self, "own", tuple(map(self._fits, self._flat()[0])))
+
+    def _flat(self) -> tuple[list[Any], Any]:
+        return pytree.tree_flatten((self.args, self.kwargs, self.targets, self.mask))
+
+    def _fits(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == self.samples
 
     def select(self, rows: list[int]) -> FisherBatch:
         """The samples at these places."""
+        leaves, form = self._flat()
+        chosen = [leaf[rows] if own else leaf for leaf, own in zip(leaves, self.own, strict=True)]
+        args, kwargs, targets, mask = pytree.tree_unflatten(chosen, form)
+        return FisherBatch(args, kwargs, targets, mask, len(rows), self.shift, self.own)
 
-        def chosen(value: Any) -> Any:
-            return value[rows] if self._belongs(value) else value
+    def shared(self) -> frozenset[int]:
+        """Numbers of the inputs' tensors that belong to every sample."""
+        leaves = pytree.tree_leaves((self.args, self.kwargs))
+        return frozenset(
+            k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.ndim and not self.own[k]
+        )
 
-        args, kwargs, targets, mask = pytree.tree_map(chosen, (self.args, self.kwargs, self.targets, self.mask))
-        return FisherBatch(args, kwargs, targets, mask, len(rows), self.shift)
+    def sharing(self, numbers: Collection[int]) -> FisherBatch:
+        """The same where these tensors of the inputs belong to every sample, whatever their length."""
+        if not any(own and k in numbers for k, own in enumerate(self.own)):
+            return self
+        return replace(self, own=tuple(own and k not in numbers for k, own in enumerate(self.own)))
+
+    def ambiguous(self) -> dict[int, str]:
+        """Numbers and names of the inputs that have as many rows as there are samples, where there are several."""
+        leaves, _ = pytree.tree_flatten_with_path((self.args, self.kwargs))
+        found = {}
+        for k, (path, _) in enumerate(leaves):
+            if self.own[k]:
+                place = pytree.keystr(path)
+                found[k] = f"args{place[3:]}" if place.startswith("[0]") else f"kwargs{place[3:]}"
+        return found if len(found) > 1 else {}
+
+    def form(self) -> Any:
+        """What batches of the same call have in common."""
+        return pytree.tree_flatten((self.args, self.kwargs))[1]
 
     def pieces(self, size: int) -> Iterator[FisherBatch]:
         """Consecutive pieces of at most `size` samples."""
@@ -59,9 +97,10 @@ class FisherBatch:
             tensor.requires_grad_(False)
         return args, kwargs
 
-    def sample_axes(self, tree: Any) -> Any:
-        """Which leaves have an axis of samples: 0 or None, in the structure of the tree."""
-        return pytree.tree_map(lambda leaf: 0 if self._belongs(leaf) else None, tree)
+    def sample_axes(self) -> list[int | None]:
+        """Of each leaf of (args, kwargs), its axis of samples: 0 or None."""
+        number = len(pytree.tree_leaves((self.args, self.kwargs)))
+        return [0 if own else None for own in self.own[:number]]
 
     def aligned(self, loss: OutputLoss, z: Tensor) -> tuple[Any, Tensor]:
         """The targets like z and the units that count, bool [N, positions...]: shifted, masked, not ignored.
@@ -77,7 +116,7 @@ class FisherBatch:
         if self.shift and isinstance(targets, Tensor):
             valid = valid.clone()
             valid[:, -1] = False
-        if self.mask is not None:
+        if self.mask is not None and valid.ndim > 1:  # outputs of whole samples have no positions to be left out
             mask = self.mask.to(device=z.device) != 0
             if self.shift and isinstance(targets, Tensor):
                 mask = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
@@ -87,9 +126,6 @@ class FisherBatch:
                 )
             valid = valid & mask
         return targets, valid
-
-    def _belongs(self, value: Any) -> bool:
-        return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == self.samples
 
 
 def read_batch(batch: Any, device: torch.device, mask_name: str = "attention_mask") -> FisherBatch:

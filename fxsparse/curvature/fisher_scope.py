@@ -10,8 +10,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxsparse.curvature.fisher_types import CoupledSamples
+from fxsparse.curvature.kept_state import kept_attributes
 from fxsparse.errors import ConfigError
 from fxsparse.graph.scopes import mode_of, preserved_rng
+from fxsparse.graph.tree import parameters_of
+from fxsparse.nn.recurrence import differentiable_recurrence
 
 POLICIES = ("freeze", "raise")
 
@@ -20,29 +23,21 @@ POLICIES = ("freeze", "raise")
 def collecting_scope(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, gradients on, no autocast, no compiled code; all is as it was afterwards, come what may.
 
-    Restored are the training flag of each module, every buffer into which the run wrote, random generators and
-    switches. Parameters, their flags and their gradients are not touched at all.
+    Restored are the training flag of each module, buffers and all other attributes (see `kept_attributes`), random
+    generators and switches. Parameters, their flags and their gradients are not touched at all.
     """
-    modules = list(model.modules())
-    parameters = [each for module in modules for each in module._parameters.values() if each is not None]
-    buffers = {id(each): each for module in modules for each in module._buffers.values() if each is not None}
-    devices = sorted({parameter.device.type for parameter in parameters} | {"cpu"})
-    before = [(each, each._version, each.clone()) for each in buffers.values() if each.dtype is not torch.bool]
+    devices = sorted({parameter.device.type for _, parameter in parameters_of(model)} | {"cpu"})
     with contextlib.ExitStack() as stack:
         stack.enter_context(preserved_rng())
         stack.enter_context(mode_of(model, False))
+        stack.enter_context(differentiable_recurrence(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         for device in devices:
             stack.enter_context(torch.autocast(device, enabled=False))
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, version, value in before:
-                    if buffer._version != version:
-                        buffer.copy_(value)
+        stack.enter_context(kept_attributes(model))
+        yield
 
 
 def check_batch_norms(model: nn.Module, policy: str) -> None:

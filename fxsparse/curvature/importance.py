@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -77,7 +79,7 @@ def obs_update(
         The score and delta; w + delta is exactly 0 in Q.
 
     Raises:
-        ConfigError: other shapes, or an index out of range or named twice.
+        ConfigError: other shapes, or an index that is none, out of range or named twice.
         DataError: F^-1 is not positive definite on Q.
 
     >>> inverse = torch.linalg.inv(torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=torch.float64))
@@ -88,7 +90,7 @@ def obs_update(
     3.0
     """
     w, inverse = _flat(weight, inverse)
-    index = torch.as_tensor([removed] if isinstance(removed, int) else list(removed), device=w.device)
+    index = torch.tensor(_indices(removed), dtype=torch.int64, device=w.device)
     if len(index) != len(set(index.tolist())) or (
         len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(w)
     ):
@@ -199,6 +201,7 @@ def theis_scores(
 
     Raises:
         ConfigError: other shapes, or the axis of the samples.
+        DataError: values that are not finite.
     """
     if activations.shape != gradients.shape or axis % activations.ndim == 0:
         shapes = f"{tuple(activations.shape)}, {tuple(gradients.shape)}"
@@ -220,6 +223,7 @@ def channel_scores(
 
     Raises:
         ConfigError: no members, other shapes, or a cost that is not positive.
+        DataError: sums that are not finite.
 
     >>> members = [torch.tensor([[1.0], [-1.0]]), torch.tensor([[2.0], [0.0]])]
     >>> float(channel_scores(members))    # squares first would give 1.5
@@ -228,12 +232,25 @@ def channel_scores(
     if not sums or any(each.shape != sums[0].shape for each in sums):
         raise ConfigError(f"`sums` (={[tuple(each.shape) for each in sums]}) must be alike, at least one")
     score = 0.5 * torch.stack([each.detach().double() for each in sums]).sum(0).square().mean(0)
+    if not bool(score.isfinite().all()):
+        raise DataError("`sums` hold values that are not finite, or are too large to be squared")
     if cost is None:
         return score
     price = torch.as_tensor(cost, dtype=torch.float64, device=score.device)
     if not bool((price > 0).all()):
         raise ConfigError("`cost` must be positive: what removing one channel saves")
     return score / price
+
+
+def _indices(removed: Any) -> list[int]:
+    many = removed.tolist() if hasattr(removed, "tolist") else removed
+    try:
+        chosen = list(many) if isinstance(many, Iterable) else [many]
+        if not any(isinstance(each, bool) or getattr(each, "dtype", None) == torch.bool for each in chosen):
+            return [operator.index(each) for each in chosen]
+    except TypeError as error:
+        raise ConfigError(f"`removed` (={removed!r}) must be an index, or several") from error
+    raise ConfigError(f"`removed` (={removed!r}) must be indices, not a mask")
 
 
 def _flat(weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:

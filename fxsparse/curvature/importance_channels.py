@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fxsparse.curvature.importance import channel_scores
 from fxsparse.curvature.operator import CurvatureOperator
-from fxsparse.errors import ConfigError
+from fxsparse.errors import ConfigError, DataError
 from fxsparse.graph import ChannelGroup, channels, record, split_inputs
 from fxsparse.graph.recorder import Use
 from fxsparse.nn import masked_weights
@@ -84,6 +84,7 @@ def channel_importance(
 
     Raises:
         ConfigError: an unknown cost, or no prunable channels.
+        DataError: gradients of a sample that are NaN or infinite.
         CaptureError: the model cannot be analysed.
     """
     model = unwrap(model)
@@ -208,6 +209,12 @@ def _gate_gradients(
     parts: list[list[Tensor]] = [[] for _ in groups]
     for gradients in operator.sample_gradients(chunk):
         products = {n: (g * parameters[n].detach()).double() for n, g in gradients.items()}
+        for name, product in products.items():
+            if not bool(product.isfinite().all()):
+                raise DataError(
+                    f"`{name}` has gradients in `data` that are NaN or infinite, or such weights: look for NaN or huge "
+                    "values in the inputs, the targets and the weights"
+                )
         count = len(next(iter(products.values())))
         for number, (group, own) in enumerate(zip(groups, places, strict=True)):
             total = torch.zeros(count, group.channels + 1, dtype=torch.float64, device=operator.space.device)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fxsparse.curvature.dense_storage import check_stored_dense
 from fxsparse.curvature.importance import woodfisher_inverse
 from fxsparse.curvature.operator import CurvatureOperator
 from fxsparse.curvature.operator_data import Output
@@ -66,12 +67,13 @@ class CurvatureSource:
         """The name of the model's parameter that shares this tensor's memory.
 
         Raises:
-            ConfigError: there is none.
+            ConfigError: there is none, or it may be one that is stored alive only.
         """
         for name, parameter in self.model.named_parameters():
             same = parameter.data_ptr() == weight.data_ptr() and parameter.numel() > 0
             if same and parameter.shape == weight.shape and parameter.device == weight.device:
                 return name
+        check_stored_dense(self.model)  # what stands for such a weight elsewhere is a copy
         raise ConfigError(
             f"`weight` (={tuple(weight.shape)}) is no parameter of the source's model: give CurvatureSource the very "
             "model that is trained or pruned, not a copy"

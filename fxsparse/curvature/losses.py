@@ -30,6 +30,9 @@ class CallableLoss(OutputLoss):
 
     Attributes:
         function: returns a tensor, of which the sum is taken.
+
+    Raises:
+        UnsupportedLoss: by its methods, where the function returns no tensor, or one without a gradient.
     """
 
     function: Callable[[Tensor, Any], Tensor]
@@ -40,8 +43,20 @@ class CallableLoss(OutputLoss):
 
     def value(self, z: Tensor, y: Any) -> Tensor:
         """Sum over samples of the loss of each alone."""
-        parts = [self.function(z[n : n + 1], _sample(y, n, len(z))).sum() for n in range(len(z))]
-        return torch.stack(parts).sum()
+        parts = [self.function(z[n : n + 1], _sample(y, n, len(z))) for n in range(len(z))]
+        for part in parts:
+            if not isinstance(part, Tensor):
+                raise UnsupportedLoss(
+                    f"`loss` (={self.function!r}) returns {type(part).__name__}: it must return a tensor, made of the "
+                    "outputs by differentiable operations"
+                )
+        total = torch.stack([part.sum() for part in parts]).sum()
+        if z.requires_grad and torch.is_grad_enabled() and not total.requires_grad:
+            raise UnsupportedLoss(
+                f"`loss` (={self.function!r}) returns what has no gradient at the outputs: no detach(), item() or "
+                "argmax() may stand between them, nor may it be a constant"
+            )
+        return total
 
     def gradient(self, z: Tensor, y: Any) -> Tensor:
         """By autograd."""
@@ -106,6 +121,8 @@ def _own(loss: Any) -> OutputLoss:
         return loss
     if isinstance(loss, str) and loss in _NAMES:
         return _NAMES[loss]
+    if isinstance(loss, type):
+        raise UnsupportedLoss(f"`loss` (={loss.__name__}) is a class: give an instance, {loss.__name__}()")
     if type(loss) is nn.CrossEntropyLoss:
         return CrossEntropy(loss.ignore_index, loss.label_smoothing, loss.weight)
     if type(loss) is nn.NLLLoss:

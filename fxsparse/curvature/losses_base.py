@@ -23,16 +23,28 @@ class OutputLoss(abc.ABC):
     curved: bool = True
 
     def axis(self, z: Tensor, y: Tensor | None) -> int:
-        """Which axis of z holds the outputs of one unit; the last one, where a loss does not say otherwise."""
+        """Which axis of z holds the outputs of one unit; the last one, where a loss does not say otherwise.
+
+        Outputs [N] have none, one output for each sample: see `spread`.
+        """
         return z.ndim - 1
 
+    def of_next(self) -> OutputLoss:
+        """The same loss where outputs [N, T, C] at a position predict the next label of [N, T]: classes are last."""
+        return self
+
     def valid(self, z: Tensor, y: Tensor | None) -> Tensor:
-        """Bool [N, positions...]: which units count."""
-        return torch.ones_like(z.detach().movedim(self.axis(z, y), -1)[..., 0], dtype=torch.bool)
+        """Bool [N, positions...]: which units count; outputs [N] are one of each sample."""
+        rows = z.detach()
+        return torch.ones_like(rows if z.ndim == 1 else rows.movedim(self.axis(z, y), -1)[..., 0], dtype=torch.bool)
+
+    def spread(self, units: Tensor, z: Tensor, y: Tensor | None) -> Tensor:
+        """Values [N, positions...] of units, as they multiply what is like z."""
+        return units if z.ndim == 1 else units.unsqueeze(self.axis(z, y))
 
     def columns(self, z: Tensor, y: Tensor | None) -> int:
         """How many columns the square root of H of one unit has."""
-        return z.shape[self.axis(z, y)]
+        return z.shape[self.axis(z, y)] if z.ndim > 1 else 1
 
     @abc.abstractmethod
     def value(self, z: Tensor, y: Any) -> Tensor:
@@ -53,7 +65,7 @@ class OutputLoss(abc.ABC):
     def root_column(self, z: Tensor, y: Any, column: int) -> Tensor:
         """Column `column` of a square root of H in every unit; fewer than `root_product` has where one is known."""
         unit = torch.zeros_like(z)
-        unit.select(self.axis(z, y), column).fill_(1.0)
+        (unit if z.ndim == 1 else unit.select(self.axis(z, y), column)).fill_(1.0)
         return self.root_product(z, y, unit)
 
     @abc.abstractmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,8 +22,9 @@ class CrossEntropy(OutputLoss):
         ignore_index: units with this label do not count.
         label_smoothing: share of the label spread over all classes.
         weight: class weights w [C]: H = (sum_c t_c w_c)(diag p - p p^T), with no likelihood.
-        class_axis: the axis of the classes in z; None finds it from the shape of the targets, torch's axis 1 first,
-            and without targets takes 1 for images and the last axis otherwise.
+        class_axis: the axis of the classes in z; None takes torch's axis 1 where the shape of the targets allows that
+            (always for probabilities), else the last axis, which is that of labels [N, T] for outputs [N, T, C];
+            without targets 1 for images and the last axis otherwise.
     """
 
     ignore_index: int = -100
@@ -36,23 +37,39 @@ class CrossEntropy(OutputLoss):
         if not 0.0 <= self.label_smoothing <= 1.0:
             raise ConfigError(f"`label_smoothing` (={self.label_smoothing}) must lie in [0, 1]")
 
+    def of_next(self) -> CrossEntropy:
+        """With the classes last, unless `class_axis` says where they are."""
+        return self if self.class_axis is not None else replace(self, class_axis=-1)
+
     def axis(self, z: Tensor, y: Tensor | None) -> int:
-        """The axis of the classes."""
-        if self.class_axis is not None:
-            return self.class_axis % z.ndim
+        """The axis of the classes.
+
+        Raises:
+            DataError: there is none, or the targets do not fit the outputs.
+        """
+        if z.ndim < 2:
+            raise DataError(
+                f"outputs (={tuple(z.shape)}) must have an axis of classes, [N, C]: for one logit of each sample take "
+                "loss 'bce'"
+            )
         if y is None:
-            return z.ndim - 1 if z.ndim == 3 else min(1, z.ndim - 1)
-        if y.shape == z.shape[:1] + z.shape[2:] or (y.shape == z.shape and z.ndim != 3):
-            return 1
-        if y.shape == z.shape[:-1] or y.shape == z.shape:
-            return z.ndim - 1
+            images = z.ndim != 3
+            return self.class_axis % z.ndim if self.class_axis is not None else 1 if images else z.ndim - 1
+        if not isinstance(y, Tensor):
+            raise DataError(f"targets (={type(y).__name__}) must be a tensor of class indices or probabilities")
+        axes = (1, z.ndim - 1) if self.class_axis is None else (self.class_axis % z.ndim,)
+        for axis in axes:
+            wanted = z.shape if y.is_floating_point() else z.shape[:axis] + z.shape[axis + 1 :]
+            if y.shape == wanted:
+                return axis
         raise DataError(
-            f"targets of shape {tuple(y.shape)} fit no outputs of shape {tuple(z.shape)}: give class indices or "
-            "probabilities for each row of outputs"
+            f"targets (={y.dtype}, {tuple(y.shape)}) fit no outputs of shape {tuple(z.shape)}: give class indices, "
+            "which are integers, or probabilities for each row of outputs"
         )
 
     def valid(self, z: Tensor, y: Tensor | None) -> Tensor:
         """Which units have a label other than `ignore_index`."""
+        self.axis(z, y)
         if y is None or y.is_floating_point():
             return super().valid(z, y)
         return y != self.ignore_index
@@ -79,6 +96,7 @@ class CrossEntropy(OutputLoss):
         """(diag p - p p^T) v, times the units' weights."""
         axis = self.axis(z, y)
         p, v = _last(z, axis).softmax(-1), _last(v, axis)
+        v = v - v.gather(-1, p.argmax(-1, keepdim=True))  # H 1 = 0; what is left does not cancel where p is near 1
         return (self._mass(z, y) * p * (v - (p * v).sum(-1, keepdim=True))).movedim(-1, axis)
 
     def hessian_diagonal(self, z: Tensor, y: Any) -> Tensor:
@@ -93,7 +111,9 @@ class CrossEntropy(OutputLoss):
         axis = self.axis(z, y)
         p, u = _last(z, axis).softmax(-1), _last(u, axis)
         scaled = p.sqrt() * u
-        return (self._mass(z, y).sqrt() * (scaled - p * scaled.sum(-1, keepdim=True))).movedim(-1, axis)
+        whole = scaled - p * scaled.sum(-1, keepdim=True)
+        nearly = scaled * _rest_of_largest(p) - p * _rest_of_largest(scaled, p)  # the same at the largest p
+        return (self._mass(z, y).sqrt() * torch.where(p > 0.5, nearly, whole)).movedim(-1, axis)
 
     def root_column(self, z: Tensor, y: Any, column: int) -> Tensor:
         """Column j of the Cholesky factor of diag p - p p^T, zero above the diagonal (Tanabe and Sagae, 1992)."""
@@ -121,8 +141,11 @@ class CrossEntropy(OutputLoss):
     def check_natural(self, z: Tensor, y: Any) -> None:
         """Class weights, and soft targets that do not sum to one, are no likelihood."""
         super().check_natural(z, y)
+        axis = self.axis(z, y)
         if y is not None and y.is_floating_point():
-            sums = _last(y, self.axis(z, y)).sum(-1)
+            if self.class_axis is None:
+                _check_sums(y)
+            sums = _last(y, axis).sum(-1)
             if not torch.allclose(sums, torch.ones_like(sums), rtol=0, atol=1e-4):
                 raise UnsupportedLoss(
                     "soft targets must sum to 1 for the true Fisher; normalise them or take kind 'ggn'"
@@ -133,6 +156,8 @@ class CrossEntropy(OutputLoss):
         axis = self.axis(z, y)
         classes = z.shape[axis]
         if y.is_floating_point():
+            if self.class_axis is None:
+                _check_sums(y)
             t = _last(y, axis).to(z.dtype)
         else:
             _check_labels(y, classes, self.ignore_index)
@@ -195,9 +220,10 @@ def _others(p: Tensor) -> Tensor:
     return torch.where(p > 0.5, _rest_of_largest(p), total)
 
 
-def _rest_of_largest(p: Tensor) -> Tensor:
-    largest = p.argmax(-1, keepdim=True)
-    return p.scatter(-1, largest, 0.0).sum(-1, keepdim=True)
+def _rest_of_largest(x: Tensor, p: Tensor | None = None) -> Tensor:
+    """The sum of x over all classes but the one of the largest p (of x itself, where there is no p)."""
+    largest = (x if p is None else p).argmax(-1, keepdim=True)
+    return x.scatter(-1, largest, 0.0).sum(-1, keepdim=True)
 
 
 def _check_labels(y: Tensor, classes: int, ignored: int) -> None:
@@ -206,6 +232,21 @@ def _check_labels(y: Tensor, classes: int, ignored: int) -> None:
     wrong = (y != ignored) & ((y < 0) | (y >= classes))
     if bool(wrong.any()):
         raise DataError(f"label {int(y[wrong][0])} is no class of {classes}: labels run from 0, or are {ignored}")
+
+
+def _check_sums(y: Tensor) -> None:
+    """Refuse probabilities over the last axis of several, which torch's cross-entropy would take along axis 1."""
+    if y.ndim < 3 or torch._C._functorch.peek_interpreter_stack() is not None:
+        return
+    first, last = (y.detach().double().sum(axis).sub(1).abs().max() for axis in (1, -1))
+    if float(last) <= _SUMS < float(first):
+        raise DataError(
+            f"targets (={tuple(y.shape)}) sum to 1 over their last axis, and the classes of a cross-entropy are along "
+            "axis 1: give CrossEntropy(class_axis=-1) for outputs whose classes are last"
+        )
+
+
+_SUMS = 1e-3  # also of probabilities in half precision
 
 
 def _last(x: Tensor, axis: int) -> Tensor:

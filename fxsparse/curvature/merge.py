@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -59,8 +60,8 @@ def fisher_weighted_merge(
     if not models or len(fishers) != len(models) or len(shares) != len(models):
         counts = f"{len(models)}, {len(fishers)}, {len(shares)}"
         raise ConfigError(f"`models`, `fishers` and `weights` (={counts}) must be equally many, at least one")
-    if min(shares) < 0 or not sum(shares) > 0:
-        raise ConfigError(f"`weights` (={shares}) must not be negative, and not all 0")
+    if min(shares) < 0 or not 0 < sum(shares) < math.inf:
+        raise ConfigError(f"`weights` (={shares}) must be finite, not negative, and not all 0")
     if masks is not None and len(masks) != len(models):
         raise ConfigError(f"`masks` (={len(masks)}) must be as many as `models` (={len(models)})")
     chosen = _rule(rule)
@@ -123,14 +124,16 @@ def scale_by_fisher(
         absolute: Damping.
 
     Raises:
-        ConfigError: a Fisher is missing or of another shape, or damping is negative.
+        ConfigError: a Fisher is missing or of another shape, or the exponent or damping is out of range.
         DataError: a Fisher is negative or not finite, or is 0 without damping where it divides.
 
     >>> scale_by_fisher({"w": torch.tensor([2.0, 2.0])}, {"w": torch.tensor([3.0, 0.0])}, absolute=1.0)["w"]
     tensor([0.5000, 2.0000])
     """
-    if relative < 0 or absolute < 0:
-        raise ConfigError(f"`relative` (={relative}) and `absolute` (={absolute}) must be at least 0")
+    if not math.isfinite(alpha):
+        raise ConfigError(f"`alpha` (={alpha}) must be a finite number")
+    if not (0 <= relative < math.inf and 0 <= absolute < math.inf):
+        raise ConfigError(f"`relative` (={relative}) and `absolute` (={absolute}) must be finite and at least 0")
     pairs = matched(fisher, gradients, "gradients")
     damping = absolute + (relative * float(pooled({n: f for n, f, _ in pairs}).mean()) if relative and pairs else 0.0)
     found = {}

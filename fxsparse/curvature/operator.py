@@ -12,17 +12,23 @@ from torch import Tensor, nn
 
 from fxsparse.curvature.diagonal import gram_of_rows, sampled_diagonal, squared_rows
 from fxsparse.curvature.diagonal_layers import LayerSquares
-from fxsparse.curvature.eigs import Spectrum, lanczos, lobpcg
 from fxsparse.curvature.losses import as_loss
-from fxsparse.curvature.operator_checks import check_options, check_repeats, check_vector
+from fxsparse.curvature.operator_checks import (
+    check_count,
+    check_frequencies,
+    check_options,
+    check_repeats,
+    check_vector,
+    check_whole,
+)
 from fxsparse.curvature.operator_data import Batch, Data, Output
 from fxsparse.curvature.operator_engine import Engine
 from fxsparse.curvature.operator_output import Curvature, OutputCurvature
 from fxsparse.curvature.operator_products import batch_product, block_of_products, diagonal_of_products
-from fxsparse.curvature.operator_protocol import SymmetricOperator, numpy_dtype, to_numpy
-from fxsparse.curvature.operator_scope import apart, check_uncoupled, curvature_scope
+from fxsparse.curvature.operator_protocol import numpy_dtype, to_numpy
+from fxsparse.curvature.operator_scope import apart, check_uncoupled
 from fxsparse.curvature.operator_space import Selection, Support, parameter_space
-from fxsparse.curvature.trace import TraceEstimate, TraceMethod, estimate_trace
+from fxsparse.curvature.operator_spectrum import SpectralOperator
 from fxsparse.errors import ConfigError, DataError
 from fxsparse.sparsity import Mask
 from fxsparse.sparsity.random import generator as keyed_generator
@@ -33,7 +39,7 @@ DENSE_LIMIT = 4096
 _ROW_BUDGET = 1 << 24  # elements of per-sample rows in memory at once
 
 
-class CurvatureOperator(SymmetricOperator):
+class CurvatureOperator(SpectralOperator):
     """G = (1/M) sum over units of J^T B J, or the Hessian, over the flattened parameters: products, never the matrix.
 
     A linear operator of scipy's protocol (`shape`, `dtype`, `matvec`, `matmat`; `scipy.sparse.linalg.aslinearoperator`
@@ -93,9 +99,11 @@ class CurvatureOperator(SymmetricOperator):
             raise ConfigError(f"`model` (={type(model).__name__}) must be a torch.nn.Module")
         check_options(chunk, damping, unit, draws)
         model = unwrap(model)
+        check_whole(model)
         check_uncoupled(model)
         self.model, self.kind, self.chunk, self.damping, self.seed = model, Curvature.of(kind), chunk, damping, seed
         self.space = parameter_space(model, params, mask)
+        check_frequencies(model, self.space)
         own = as_loss(loss, per_position=unit == "token")
         self.data = Data(data, self.space.device, getattr(own, "ignore_index", -100))
         self.curvature = OutputCurvature(self.kind, own, unit == "token", draws, seed)
@@ -119,7 +127,7 @@ class CurvatureOperator(SymmetricOperator):
     def units(self) -> int:
         """M: the samples, or valid tokens, of all batches."""
         if self._units is None:
-            with curvature_scope(self.model):
+            with self.engine.scope():
                 counts = [self.curvature.units(self.engine.outputs(b), b) for b in self._pieces()]
             self._units = self._counted(sum(counts))
         return self._units
@@ -136,6 +144,8 @@ class CurvatureOperator(SymmetricOperator):
         if isinstance(v, np.ndarray):
             found = to_numpy(self.mv(torch.from_numpy(v.reshape(-1)).to(self._like)))
             return found.astype(v.dtype if v.dtype.kind == "f" else self.dtype).reshape(v.shape)
+        if v.ndim != 1:
+            raise ConfigError(f"`v` (={tuple(v.shape)}) must have one axis; mm takes columns")
         return self.mm(v[:, None])[:, 0]
 
     def mm(self, columns: Any) -> Any:
@@ -155,7 +165,7 @@ class CurvatureOperator(SymmetricOperator):
         tangents = self.space.split(kept)
         sums: Tensor | None = None
         units, assumed = 0, self._units or 1
-        with curvature_scope(self.model):
+        with self.engine.scope():
             for batch in self._pieces():
                 found, count = batch_product(self.engine, self.curvature, batch, tangents, assumed)
                 units += count
@@ -183,7 +193,7 @@ class CurvatureOperator(SymmetricOperator):
             return float(flat.double() @ self.mv(flat).double())
         tangents = self.space.split(flat[:, None])
         total, units = 0.0, 0
-        with curvature_scope(self.model):
+        with self.engine.scope():
             for batch in self._pieces():
                 z, along = self.engine.push(batch, tangents)
                 units += self.curvature.units(z, batch)
@@ -212,8 +222,7 @@ class CurvatureOperator(SymmetricOperator):
         drawn = method in ("mc", "sketch", "hutchinson")
         if method != "exact" and not drawn:
             raise ConfigError(f"`method` (={method!r}) must be exact, mc, sketch or hutchinson")
-        if samples < 1:
-            raise ConfigError(f"`samples` (={samples}) must be at least 1")
+        check_count("samples", samples)
         source = generator or keyed_generator(self.seed, 0, 0, f"diagonal_{method}")
         if method == "hutchinson" or (self._by_products and method == "exact"):
             return diagonal_of_products(self.mm, self.space, samples if drawn else None, source)
@@ -221,10 +230,9 @@ class CurvatureOperator(SymmetricOperator):
             raise ConfigError(
                 f"`method` (={method!r}) draws for the GGN; kind {self.kind.value!r} has an exact diagonal"
             )
-        sums = torch.zeros(self.space.size, dtype=torch.float64, device=self.space.device)
-        units = 0
-        layers = self._layers
-        with curvature_scope(self.model):
+        units, layers = 0, self._layers
+        with self.engine.scope():
+            sums = torch.zeros(self.space.size, dtype=torch.float64, device=self.space.device)
             for batch in self._pieces():
                 if drawn:
                     found, count = sampled_diagonal(
@@ -269,51 +277,11 @@ class CurvatureOperator(SymmetricOperator):
         dense = self.dense()
         return dense if self.space.support is None else dense[self.space.support][:, self.space.support]
 
-    def trace(
-        self,
-        method: TraceMethod | str = TraceMethod.EXACT,
-        m: int = 30,
-        generator: torch.Generator | None = None,
-    ) -> TraceEstimate:
-        """The trace of G_S; see `estimate_trace`. "exact" sums the exact diagonal.
-
-        Raises:
-            ConfigError: an unknown method, or too few products.
-        """
-        chosen = TraceMethod.of(method)
-        if chosen is TraceMethod.EXACT:
-            return TraceEstimate(float(self.diag().double().sum()), 0.0, 0, chosen)
-        source = generator or keyed_generator(self.seed, 0, 0, "trace")
-        return estimate_trace(self, chosen, m, source)
-
-    def eigs(
-        self,
-        k: int = 1,
-        which: str = "LA",
-        iters: int | None = None,
-        tol: float = 1e-6,
-        *,
-        method: str = "lanczos",
-        generator: torch.Generator | None = None,
-        start: Tensor | None = None,
-    ) -> Spectrum:
-        """Extreme eigenpairs of G_S on its support; see `lanczos` and `lobpcg`.
-
-        Raises:
-            ConfigError: an unknown method or end of the spectrum, or k outside 1..|S|.
-        """
-        source = generator or keyed_generator(self.seed, 0, 0, "eigs")
-        if method == "lanczos":
-            return lanczos(self, k, which, iters, tol, source, start)
-        if method == "lobpcg":
-            return lobpcg(self, k, which, iters, tol, source)
-        raise ConfigError(f"`method` (={method!r}) must be lanczos or lobpcg")
-
     def gradient(self) -> Float[Tensor, " P"]:
         """The mean gradient of the loss over the same units, zero outside the support."""
-        sums = torch.zeros(self.space.size, dtype=torch.float64, device=self.space.device)
         units = 0
-        with curvature_scope(self.model):
+        with self.engine.scope():
+            sums = torch.zeros(self.space.size, dtype=torch.float64, device=self.space.device)
             for batch in self._pieces():
                 z = self.engine.outputs(batch)
                 units += self.curvature.units(z, batch)
@@ -324,7 +292,7 @@ class CurvatureOperator(SymmetricOperator):
     def sample_gradients(self, chunk: int | None = None) -> Iterator[dict[str, Float[Tensor, "n ..."]]]:
         """The gradient g_n of every sample's own loss, never divided by N, by parameter, some samples at a time."""
         for batch in apart(self._pieces()):
-            with curvature_scope(self.model):
+            with self.engine.scope():
                 size = chunk or max(1, _ROW_BUDGET // max(self.space.size, 1))
                 for piece in batch.pieces(size):
                     z = self.engine.outputs(piece)
@@ -355,7 +323,7 @@ class CurvatureOperator(SymmetricOperator):
             yield from batch.pieces(self.chunk)
 
     def _slope(self, z: Tensor, batch: Batch) -> Tensor:
-        return self.curvature.loss.gradient(z, batch.targets)
+        return self.curvature.slope(z, batch)
 
     def _counted(self, units: int) -> int:
         if units < 1:
@@ -368,7 +336,7 @@ class CurvatureOperator(SymmetricOperator):
         if self._by_products:
             return block_of_products(self.mm, self.space, index)
         keep = torch.ones_like(index, dtype=torch.bool) if self.space.support is None else self.space.support[index]
-        with curvature_scope(self.model):
+        with self.engine.scope():
             gram, units = gram_of_rows(self.engine, self.curvature, self._pieces(), names, keep)
         self._units = self._counted(units)
         damped = self.damping * torch.diag(keep.double())

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fxsparse.curvature.fisher_types import CoupledSamples
 from fxsparse.curvature.operator_space import ParameterSpace
 from fxsparse.errors import ConfigError, DataError
 from fxsparse.graph.scopes import seeded
+from fxsparse.nn.sharded import is_sharded
 from fxsparse.sparsity.random import generator
 
 _OTHER = 0x5BD1E995  # added to the caller's seed, for the second product
@@ -19,14 +22,50 @@ _OTHER = 0x5BD1E995  # added to the caller's seed, for the second product
 
 def check_options(chunk: int | None, damping: float, unit: str, draws: int) -> None:
     """Raise ConfigError for an option out of range."""
-    if chunk is not None and chunk < 1:
-        raise ConfigError(f"`chunk` (={chunk}) must be at least 1, or None")
+    if chunk is not None:
+        check_count("chunk", chunk)
     if not damping >= 0:
         raise ConfigError(f"`damping` (={damping}) must be at least 0")
     if unit not in ("sample", "token"):
         raise ConfigError(f"`unit` (={unit!r}) must be sample or token")
-    if draws < 1:
-        raise ConfigError(f"`draws` (={draws}) must be at least 1")
+    check_count("draws", draws)
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raise ConfigError for what is no integer of at least 1."""
+    if not isinstance(value, Integral) or value < 1:
+        raise ConfigError(f"`{name}` (={value!r}) must be an integer of at least 1")
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raise ConfigError for a model whose parameters are spread over ranks."""
+    for path, module in model.named_modules():
+        if type(module).__module__ == "torch.distributed.fsdp.fully_sharded_data_parallel":
+            raise ConfigError(f"`{path or 'model'}` (={type(module).__name__}) is sharded: {_GATHER}")
+    for name, parameter in model.named_parameters():
+        if is_sharded(parameter):
+            raise ConfigError(f"`{name}` (=DTensor) is sharded: {_GATHER}")
+
+
+_GATHER = (
+    "load `torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options=StateDictOptions("
+    "full_state_dict=True))` into a model of its own, which is not sharded; FisherCollector takes sharded ones as they "
+    "are"
+)
+
+
+def check_frequencies(model: nn.Module, space: ParameterSpace) -> None:
+    """Raise CoupledSamples where a chosen embedding divides its gradient by how often the batch has a row."""
+    chosen = {name: parameter for name, parameter in model.named_parameters() if name in space.shapes}
+    ids = {id(parameter) for parameter in chosen.values()}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.scale_grad_by_freq:
+            if id(module.weight) in ids:
+                raise CoupledSamples(
+                    f"`{path or 'model'}` ({type(module).__name__}, scale_grad_by_freq=True) divides the gradients of "
+                    "its rows by how often they occur in the batch, so that they are no derivatives, and no sample has "
+                    "its own; set it to False, or leave its weight out of `params`"
+                )
 
 
 def check_repeats(product: Callable[[Tensor], tuple[Tensor, int]], space: ParameterSpace, seed: int) -> None:
@@ -52,7 +91,10 @@ def check_repeats(product: Callable[[Tensor], tuple[Tensor, int]], space: Parame
 
 
 def check_vector(v: Any) -> None:
-    """Raise ConfigError for what is no tensor or array with an axis."""
+    """Raise ConfigError for what is no tensor or array of real numbers with an axis."""
     if not isinstance(v, Tensor | np.ndarray) or v.ndim < 1:
         shown = tuple(v.shape) if isinstance(v, Tensor | np.ndarray) else type(v).__name__
         raise ConfigError(f"`v` (={shown}) must be a torch tensor, a numpy array, or tensors by parameter name")
+    real = not v.is_complex() if isinstance(v, Tensor) else v.dtype.kind in "biuf"
+    if not real:
+        raise ConfigError(f"`v` (={v.dtype}) must hold real numbers")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fxsparse.errors import ConfigError
+from fxsparse.errors import ConfigError, DataError
 from fxsparse.graph.inputs import tensors_of
 from fxsparse.training.batches import call as call
 
@@ -50,6 +50,12 @@ class Batch:
         inputs, targets = self._mapped(lambda tensor: tensor[first:last])
         return Batch(inputs, targets, last - first, self.start + first, self.shifted)
 
+    def some(self, most: int) -> Batch:
+        """At most so many samples, from all over the batch."""
+        places = torch.linspace(0, self.samples - 1, min(most, self.samples)).long().tolist()
+        inputs, targets = self._mapped(lambda tensor: tensor[places])
+        return Batch(inputs, targets, len(places), self.start, self.shifted)
+
     def leaves(self) -> tuple[list[Any], list[int | None], Any]:
         """The leaves of (inputs, targets), the sample axis of each (0 or None), and how they are put together again."""
         leaves, form = pytree.tree_flatten((self.inputs, self.targets))
@@ -70,10 +76,16 @@ class Data:
             position, where it is [N, T]), or of inputs alone; or one such pair of tensors. An iterator is kept.
         device: Where tensors are moved.
         ignored: The label that does not count, for the last position of shifted labels.
+
+    Raises:
+        ConfigError: it holds no batch, or one without tensors.
+        DataError: a batch has more than inputs and targets; while it is read.
     """
 
     def __init__(self, batches: Any, device: torch.device, ignored: int = -100) -> None:
         pair = isinstance(batches, tuple) and len(batches) == 2 and isinstance(batches[1], Tensor)
+        if isinstance(batches, tuple) and len(batches) > 2 and all(isinstance(each, Tensor) for each in batches):
+            raise DataError(_entries("data", batches))
         if isinstance(batches, Tensor | Mapping) or (pair and isinstance(batches[0], Tensor | tuple | Mapping)):
             batches = [batches]
         if not isinstance(batches, Iterable):
@@ -98,11 +110,13 @@ class Data:
             inputs: Any = {name: value for name, value in given.items() if name != "labels"}
             targets: Any = given["labels"]
         elif isinstance(given, tuple | list):
+            if not 1 <= len(given) <= 2:
+                raise DataError(_entries("batch", given))
             inputs, targets = given[0], given[1] if len(given) > 1 else None
         else:
             inputs, targets = given, None
         inputs, targets = pytree.tree_map(
-            lambda leaf: leaf.to(self.device) if isinstance(leaf, Tensor) else leaf, (inputs, targets)
+            lambda leaf: self._moved(leaf) if isinstance(leaf, Tensor) else leaf, (inputs, targets)
         )
         lengths = [tensor.shape[0] for tensor in tensors_of(inputs) if tensor.ndim]
         if not lengths:
@@ -112,6 +126,21 @@ class Data:
             last = torch.full_like(targets[:, :1], self.ignored)
             return Batch(inputs, torch.cat([targets[:, 1:], last], 1), lengths[0], start, True)
         return Batch(inputs, targets, lengths[0], start)
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        """The tensor on the device; one of inference mode, which autograd does not take, as a copy."""
+        moved = tensor.to(self.device)
+        if not moved.is_inference():
+            return moved
+        with torch.inference_mode(False):
+            return moved.clone()
+
+
+def _entries(name: str, given: Sized) -> str:
+    return (
+        f"`{name}` (={len(given)} entries) must be (inputs, targets): give several inputs as ((x1, x2), y), several "
+        "targets as (x, (y1, y2)), several batches as a list"
+    )
 
 
 def one_output(returned: Any) -> Tensor:

@@ -19,14 +19,20 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from fxsparse.curvature import operator_forward_mode as forward_mode
+from fxsparse.curvature.kept_state import KeptParameters
+from fxsparse.curvature.operator_blame import place_of
 from fxsparse.curvature.operator_data import Batch, Output
 from fxsparse.curvature.operator_forward import LOOSE, ModelFunction, Tensors, pulled
 from fxsparse.curvature.operator_forward_mode import Bend
 from fxsparse.curvature.operator_rows import SampleRows, slack
+from fxsparse.curvature.operator_rules import PaddingRule
+from fxsparse.curvature.operator_scope import curvature_scope
 from fxsparse.curvature.operator_space import ParameterSpace
 from fxsparse.errors import CaptureError, FxSparseError
+from fxsparse.graph.scopes import seeded
 
 R = TypeVar("R")
+_FEW = 8  # samples on which derivatives are compared
 
 grad: Any = torch.func.grad  # what they return depends on their arguments, which types cannot say
 jvp: Any = torch.func.jvp
@@ -35,7 +41,7 @@ vmap: Any = torch.func.vmap
 
 
 class Engine(ModelFunction):
-    """Derivatives with respect to the parameters of a space, as they are; for use inside `curvature_scope`.
+    """Derivatives with respect to the parameters of a space, as they are; for use inside its `scope`.
 
     Args:
         model: The model.
@@ -46,9 +52,16 @@ class Engine(ModelFunction):
     def __init__(self, model: nn.Module, space: ParameterSpace, output: Output | None = None) -> None:
         super().__init__(model, space, output)
         self._way = 0
-        self._adjoint_checked = False
+        self._adjoint_checked = self._plain_checked = False
         self._vmap_columns = True
         self._rows = SampleRows(self)
+        self._kept = KeptParameters(model)
+
+    @contextlib.contextmanager
+    def scope(self) -> Iterator[None]:
+        """`curvature_scope`, after which parameters that the model writes into (`max_norm`) are as before, too."""
+        with self._kept.kept(), curvature_scope(self.model):
+            yield
 
     def product(self, batch: Batch, tangents: Tensors, bend: Bend) -> Tensors:
         """J^T bend(z, J v) for each v, a batch axis first."""
@@ -58,6 +71,7 @@ class Engine(ModelFunction):
             return forward_mode.product(self, batch, v, bend)
 
         return self._tried(
+            batch,
             lambda: self._columns(one, lambda: self._product_func(batch, tangents, bend), tangents),
             lambda: self._product_plain(batch, tangents, bend),
         )
@@ -65,14 +79,16 @@ class Engine(ModelFunction):
     def push(self, batch: Batch, tangents: Tensors) -> tuple[Tensor, Shaped[Tensor, "k ..."]]:
         """The outputs z, and J v for each v."""
         self._check_adjoint(batch)
-        return self._tried(lambda: self._push_forward(batch, tangents), lambda: self._push_plain(batch, tangents))
+        return self._tried(
+            batch, lambda: self._push_forward(batch, tangents), lambda: self._push_plain(batch, tangents)
+        )
 
     def second(self, batch: Batch, tangents: Tensors, total: Callable[[Tensor], Tensor]) -> Tensors:
         """The Hessian of total(z) times each v."""
         self._check_adjoint(batch)
 
         def one(v: Tensors) -> Tensors:
-            slope = grad(lambda q: total(self.forward(q, batch.inputs)))
+            slope = grad(lambda q: total(self._padded(q, batch)))
             whole = {name: each.clone() for name, each in v.items()}  # views would be copied, slowly
             with torch.no_grad():
                 found: Tensors = jvp(slope, (self.point,), (whole,))[1]
@@ -88,7 +104,7 @@ class Engine(ModelFunction):
             slope = torch.autograd.grad(value, list(point.values()), create_graph=True, **LOOSE)
             return self._each(tangents, lambda v: pulled(slope, point, [v[n] for n in point], keep=True))
 
-        return self._tried(lambda: self._columns(one, several, tangents), plain)
+        return self._tried(batch, lambda: self._columns(one, several, tangents), plain)
 
     def gradient(self, batch: Batch, cotangent: Callable[[Tensor], Tensor]) -> Tensors:
         """J^T cotangent(z), summed over the samples."""
@@ -106,13 +122,12 @@ class Engine(ModelFunction):
     def _check_adjoint(self, batch: Batch) -> None:
         """Compare u^T (J v) with (J^T u)^T v once: some operators' forward rules are not those of their reverse pass.
 
-        The padding row of an embedding is one: its gradient is dropped, its tangent is not. Plain autograd takes over.
+        A detached branch is one: its gradient is dropped, its tangent is not. Plain autograd takes over.
         """
         if self._way or self._adjoint_checked:
             return
         self._adjoint_checked = True
-        few = batch.cut(0, min(batch.samples, 2))
-        v = {name: _drawn(value, number) for number, (name, value) in enumerate(self.point.items())}
+        few, v = self._test(batch)
         with contextlib.suppress(RuntimeError, NotImplementedError, ValueError):
             z, along = forward_mode.push(self, few, v)
             u = _drawn(z, -1)
@@ -120,12 +135,38 @@ class Engine(ModelFunction):
             same = forward_mode.product(self, few, v, lambda *_: u)
             gap = max(float((back[n] - same[n]).abs().max()) for n in v if v[n].numel())
             largest = max(float(back[n].abs().max()) for n in v if v[n].numel())
-            terms = torch.stack([(back[name] * v[name]).sum().double() for name in v])
-            one, other = float((along * u).sum()), float(terms.sum())
-            size = float((along * u).abs().sum()) + float(sum((back[n] * v[n]).abs().sum() for n in v))
-            apart = abs(one - other) > slack(z.dtype) * max(size, torch.finfo(z.dtype).tiny)
-            if apart or gap > slack(z.dtype) * largest:
+            apart, size = _adjoint_gap(v, along, u, back)
+            if apart > slack(z.dtype) * size or gap > slack(z.dtype) * largest:
                 self._way = 1
+
+    def _check_plain(self, batch: Batch) -> None:
+        """The same of plain autograd, once: a backward pass that is written by hand may not be differentiable itself.
+
+        Raises:
+            CaptureError: J v is not that of J^T u.
+        """
+        if self._plain_checked:
+            return
+        self._plain_checked = True
+        few, v = self._test(batch)
+        apart, size, dtype = 0.0, 1.0, self.space.dtype
+        with contextlib.suppress(RuntimeError, NotImplementedError, ValueError):  # inputs that cannot be cut
+            with seeded(0):
+                z, along = self._push_plain(few, {name: each[None] for name, each in v.items()})
+            u = _drawn(z, -1)
+            with seeded(0):
+                back = self.gradient(few, lambda _: u)
+            apart, size = _adjoint_gap(v, along[0], u, back)
+        if apart > max(slack(dtype), 64 * torch.finfo(dtype).eps) * size:
+            raise CaptureError(
+                f"the model's derivative along a direction and its reverse pass differ by {apart:.3g} of {size:.3g}: "
+                "the backward pass of a torch.autograd.Function is not differentiable itself; give it a `jvp`, or "
+                "leave the parameters in front of it out with `params`"
+            )
+
+    def _test(self, batch: Batch) -> tuple[Batch, Tensors]:
+        few = batch.some(_FEW)
+        return few, {name: _drawn(value, number) for number, (name, value) in enumerate(self.point.items())}
 
     def _columns(self, one: Callable[[Tensors], Tensors], several: Callable[[], Tensors], tangents: Tensors) -> Tensors:
         """One column by forward mode; several at once, or each alone where an operator does not allow that."""
@@ -141,13 +182,17 @@ class Engine(ModelFunction):
 
     def _product_func(self, batch: Batch, tangents: Tensors, bend: Bend) -> Tensors:
         def tangent_map(q: Tensors) -> tuple[Tensor, Tensor]:
-            push = vmap(lambda v: jvp(lambda r: self.forward(r, batch.inputs), (q,), (v,)), out_dims=(None, 0))
+            push = vmap(lambda v: jvp(lambda r: self._padded(r, batch), (q,), (v,)), out_dims=(None, 0))
             pushed: tuple[Tensor, Tensor] = push(tangents)
             return pushed
 
         z, pull, along = vjp(tangent_map, self.point, has_aux=True)
         products: Tensors = vmap(lambda u: pull(u)[0])(torch.stack([bend(z, each) for each in along]))
         return products
+
+    def _padded(self, parameters: Tensors, batch: Batch) -> Tensor:
+        with PaddingRule():
+            return self.forward(parameters, batch.inputs)
 
     def _product_plain(self, batch: Batch, tangents: Tensors, bend: Bend) -> Tensors:
         point = self.leaves()
@@ -169,9 +214,7 @@ class Engine(ModelFunction):
             z = self.forward(point, batch.inputs)
             u = torch.zeros_like(z, requires_grad=True)
             back = torch.autograd.grad(z, list(point.values()), u, create_graph=True, **LOOSE)
-        return z, [
-            torch.autograd.grad(back, u, [v[n] for n in point], retain_graph=True, **LOOSE)[0] for v in _apart(tangents)
-        ]
+        return z, [pulled(back, {"u": u}, [v[n] for n in point], keep=True)["u"] for v in _apart(tangents)]
 
     def _each(self, tangents: Tensors, rule: Callable[[Tensors], Tensors]) -> Tensors:
         found = [rule(v) for v in _apart(tangents)]
@@ -179,13 +222,15 @@ class Engine(ModelFunction):
             return {name: each.reshape(1, *self.space.shapes[name]) for name, each in found[0].items()}
         return {name: torch.stack([each[name].reshape(self.space.shapes[name]) for each in found]) for name in tangents}
 
-    def _tried(self, forward: Callable[[], R], plain: Callable[[], R]) -> R:
+    def _tried(self, batch: Batch, forward: Callable[[], R], plain: Callable[[], R]) -> R:
         ways = (forward, plain, plain)
         failures: list[Exception] = []
         for way in range(self._way, 3):
             try:
                 with _mkldnn(way < 2), torch.enable_grad():
                     found = ways[way]()
+                    if way:
+                        self._check_plain(batch)
             except FxSparseError:
                 raise
             except (RuntimeError, NotImplementedError, ValueError) as error:
@@ -193,8 +238,10 @@ class Engine(ModelFunction):
                 continue
             self._way = way
             return found
+        last = failures[-1]
+        place = place_of(self.model, last, lambda: self.outputs(batch))
         raise CaptureError(
-            f"the model cannot be differentiated: {type(failures[-1]).__name__} ({_first_line(failures[-1])})"
+            f"the model cannot be differentiated{place}: {type(last).__name__} ({_first_line(last)})"
         ) from failures[0]
 
 
@@ -223,6 +270,15 @@ def _apart(tangents: Tensors) -> list[Tensors]:
 def _drawn(like: Tensor, number: int) -> Tensor:
     source = torch.Generator().manual_seed(number + 2)
     return torch.randn(like.shape, generator=source, dtype=torch.float64).to(like)
+
+
+def _adjoint_gap(v: Tensors, along: Tensor, u: Tensor, back: Tensors) -> tuple[float, float]:
+    """The difference of u^T (J v) and (J^T u)^T v, and the size of what is summed there."""
+    one = (along * u).double()
+    terms = [(back[name] * v[name]).double() for name in v]
+    apart = abs(float(one.sum()) - float(sum(each.sum() for each in terms)))
+    size = float(one.abs().sum()) + float(sum(each.abs().sum() for each in terms))
+    return apart, max(size, torch.finfo(u.dtype).tiny)
 
 
 def _first_line(error: Exception) -> str:

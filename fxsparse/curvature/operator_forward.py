@@ -80,7 +80,7 @@ def pulled(of: Sequence[Tensor], point: Tensors, given: Sequence[Tensor], keep: 
         return {name: torch.zeros_like(parameter) for name, parameter in point.items()}
     values, directions = zip(*pairs, strict=True)
     found = torch.autograd.grad(values, list(point.values()), directions, retain_graph=keep, **LOOSE)
-    return dict(zip(point, found, strict=True))
+    return {name: each.to_dense() if each.is_sparse else each for name, each in zip(point, found, strict=True)}
 
 
 def places_of(model: nn.Module, kind: str) -> Iterator[tuple[str, Tensor]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float
@@ -64,10 +64,27 @@ class OutputCurvature:
     tokens: bool = False
     draws: int = 1
     seed: int = 0
+    _loss_of_next: OutputLoss = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_loss_of_next", self.loss.of_next())
+
+    def loss_of(self, batch: Batch) -> OutputLoss:
+        """The loss, of next labels where the batch's labels have been moved."""
+        return self._loss_of_next if batch.shifted else self.loss
 
     def valid(self, z: Tensor, batch: Batch) -> Bool[Tensor, "n ..."]:
-        """Which units count: not ignored by the loss and, where the inputs have an `attention_mask`, inside it."""
-        valid = self.loss.valid(z, batch.targets)
+        """Which units count: not ignored by the loss and, where the inputs have an `attention_mask`, inside it.
+
+        Raises:
+            DataError: outputs without further axes are not one of each sample.
+        """
+        if z.ndim < 2 and z.shape != (batch.samples,):
+            raise DataError(
+                f"the outputs (={tuple(z.shape)}) must have the {batch.samples} samples along axis 0: give batches, "
+                "not single samples, and the outputs, not their loss"
+            )
+        valid = self.loss_of(batch).valid(z, batch.targets)
         mask = batch.inputs.get("attention_mask") if isinstance(batch.inputs, Mapping) else None
         if not isinstance(mask, Tensor) or mask.shape != valid.shape:
             return valid
@@ -84,12 +101,17 @@ class OutputCurvature:
 
     def total(self, z: Tensor, batch: Batch) -> Tensor:
         """The sum of the losses of all valid units."""
-        valid = self.loss.valid(z, batch.targets)
+        loss = self.loss_of(batch)
+        valid = loss.valid(z, batch.targets)
         if bool((self.valid(z, batch) != valid).any()):
             raise DataError(
                 "the attention mask leaves out positions that have a label: set their label to the loss's ignore_index"
             )
-        return self.loss.value(z, batch.targets)
+        return loss.value(z, batch.targets)
+
+    def slope(self, z: Tensor, batch: Batch) -> Tensor:
+        """The gradient of the losses of all valid units at z."""
+        return self.loss_of(batch).gradient(z, batch.targets)
 
     def bend(self, z: Tensor, u: Tensor, batch: Batch) -> Tensor:
         """B u, like z.
@@ -99,7 +121,7 @@ class OutputCurvature:
         """
         if self.kind in (Curvature.GGN, Curvature.FISHER):
             self._check(z, batch)
-            return self._kept(self.loss.hessian_product(z, batch.targets, u), z, batch)
+            return self._kept(self.loss_of(batch).hessian_product(z, batch.targets, u), z, batch)
         bent = torch.zeros_like(z)
         for slope in self.slopes(z, batch):
             along = self._per_unit((slope * u), z, batch)
@@ -109,7 +131,7 @@ class OutputCurvature:
     def slopes(self, z: Tensor, batch: Batch) -> Iterator[Float[Tensor, "n ..."]]:
         """Gradients of unit losses whose outer products are the matrix: of the data's labels, or of drawn ones."""
         if self.kind is Curvature.EMPIRICAL:
-            yield self._kept(self.loss.gradient(z, batch.targets), z, batch)
+            yield self._kept(self.slope(z, batch), z, batch)
             return
         for draw in range(self.draws):
             yield self._kept(self._drawn(z, batch, draw), z, batch) / math.sqrt(self.draws)
@@ -128,43 +150,45 @@ class OutputCurvature:
                 yield from self._positions(slope, z, batch) if self.tokens else (slope,)
             return
         self._check(z, batch)
-        for column in range(self.loss.columns(z, batch.targets)):
-            root = self._kept(self.loss.root_column(z, batch.targets, column), z, batch)
+        loss = self.loss_of(batch)
+        for column in range(loss.columns(z, batch.targets)):
+            root = self._kept(loss.root_column(z, batch.targets, column), z, batch)
             yield from self._positions(root, z, batch)
 
     def sketch(self, z: Tensor, batch: Batch, signs: Tensor) -> Float[Tensor, "n ..."]:
         """One vector a with E[a a^T] = B: the square root of B times random signs, one for each output."""
         self._check(z, batch)
-        return self._kept(self.loss.root_product(z, batch.targets, signs), z, batch)
+        return self._kept(self.loss_of(batch).root_product(z, batch.targets, signs), z, batch)
 
     def sample(self, z: Tensor, batch: Batch, source: torch.Generator) -> Float[Tensor, "n ..."]:
         """One vector a with E[a a^T] = B: the gradient at labels drawn from the model."""
-        return self._kept(self.loss.draw_gradient(z, batch.targets, source), z, batch)
+        return self._kept(self.loss_of(batch).draw_gradient(z, batch.targets, source), z, batch)
 
     def _check(self, z: Tensor, batch: Batch) -> None:
         if self.kind is Curvature.FISHER:
-            self.loss.check_natural(z, batch.targets)
+            self.loss_of(batch).check_natural(z, batch.targets)
 
     def _drawn(self, z: Tensor, batch: Batch, draw: int) -> Tensor:
-        self.loss.check_natural(z, batch.targets)
+        loss = self.loss_of(batch)
+        loss.check_natural(z, batch.targets)
         found = []
         for n in range(batch.samples):
             one = batch.cut(n, n + 1)
             source = generator(self.seed, one.start, draw, "curvature_draw")
             if z.device.type != "cpu":
                 source = torch.Generator(z.device).manual_seed(source.initial_seed())
-            found.append(self.loss.draw_gradient(z[n : n + 1], one.targets, source))
+            found.append(loss.draw_gradient(z[n : n + 1], one.targets, source))
         return torch.cat(found)
 
     def _per_unit(self, product: Tensor, z: Tensor, batch: Batch) -> Tensor:
         """The sum over the outputs of each unit, to be multiplied with what is like z."""
-        axis = self.loss.axis(z, batch.targets)
+        axis = self.loss_of(batch).axis(z, batch.targets)
         axes = (axis,) if self.tokens and z.ndim > 1 else tuple(range(1, z.ndim))
         return product.sum(axes, keepdim=True) if axes else product
 
     def _positions(self, a: Tensor, z: Tensor, batch: Batch) -> Iterator[Tensor]:
         """One vector for each position: H is block diagonal over them."""
-        axis = self.loss.axis(z, batch.targets)
+        axis = self.loss_of(batch).axis(z, batch.targets)
         apart = a.movedim(axis, -1) if a.ndim > 1 else a[:, None]
         places = apart.shape[1:-1].numel()
         if places == 1:
@@ -180,7 +204,6 @@ class OutputCurvature:
 
     def _kept(self, a: Tensor, z: Tensor, batch: Batch) -> Tensor:
         """Zeros at the units that do not count."""
-        valid = self.valid(z, batch)
-        if not isinstance(batch.inputs, Mapping) or valid.shape == z.shape:
+        if not isinstance(batch.inputs, Mapping):
             return a  # the loss itself has left them out
-        return torch.where(valid.unsqueeze(self.loss.axis(z, batch.targets)), a, 0.0)
+        return torch.where(self.loss_of(batch).spread(self.valid(z, batch), z, batch.targets), a, 0.0)

@@ -40,7 +40,8 @@ def batch_product(
     parts = [found[name] for name in engine.space.names]
     if all(len(part) == 1 for part in parts):  # of vectors, not of columns with steps between their entries
         return torch.cat([part.reshape(-1) for part in parts])[:, None], counts[0]
-    return torch.cat([part.flatten(1).mT for part in parts]), counts[0]
+    shapes = engine.space.shapes.values()
+    return torch.cat([each.reshape(len(each), s.numel()).mT for each, s in zip(parts, shapes, strict=True)]), counts[0]
 
 
 def diagonal_of_products(

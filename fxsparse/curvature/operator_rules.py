@@ -4,6 +4,7 @@
    costs as much as the layer itself; the terms of a tangent are added where they are made.
 2. Layer norm: both terms of the tangent by the kernel of the reverse pass; the normalisation's Jacobian is symmetric.
 3. Attention without a mask: a plain softmax, without the search for rows that are masked as a whole.
+4. Embeddings with a padding row, whose tangent torch keeps and whose gradient it drops: here both are dropped.
 
 Tangents are made without a graph: nobody differentiates them.
 """
@@ -183,6 +184,31 @@ class _Attention(torch.autograd.Function):
         return ds @ k, ds.mT @ q, p.mT @ delta, None, None
 
 
+class _Padded(torch.autograd.Function):
+    """The identity, whose derivative is 1 or 0 of each entry."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y: Tensor, keep: Tensor) -> Tensor:
+        return y.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def jvp(ctx: Any, dy: Tensor, _: None) -> Tensor:
+        (keep,) = ctx.saved_tensors
+        found: Tensor = dy * keep
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, None]:
+        return delta * ctx.saved_tensors[0], None
+
+
 def _through_softmax(d: Tensor, p: Tensor) -> Tensor:
     """The softmax's Jacobian, which is symmetric: p (d - sum p d)."""
     found: Tensor = torch._softmax_backward_data(d, p, -1, p.dtype)
@@ -206,6 +232,19 @@ class CheapRules(TorchFunctionMode):
             tensors = [each for each in given.values() if isinstance(each, Tensor)]
             if all(type(each) in _PLAIN for each in tensors) and any(map(_is_dual, tensors)):
                 found = apply(given)
+        return func(*args, **kwargs) if found is None else found
+
+
+class PaddingRule(TorchFunctionMode):
+    """Rule 4 alone, for the transforms of `torch.func`."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.embedding:
+            return func(*args, **kwargs)
+        found = _embedding(dict(zip(_EMBEDDING, args, strict=False)) | kwargs)
         return func(*args, **kwargs) if found is None else found
 
 
@@ -243,11 +282,21 @@ def _attention(given: Mapping[str, Any]) -> Any:
     )
 
 
+def _embedding(given: Mapping[str, Any]) -> Any:
+    ids, weight, padding = given["input"], given["weight"], given.get("padding_idx")
+    if padding is None or given.get("max_norm") is not None or given.get("scale_grad_by_freq", False):
+        return None
+    keep = (ids != padding % weight.shape[0])[..., None].to(weight.dtype)
+    return _Padded.apply(F.embedding(ids, weight), keep)  # type: ignore[no-untyped-call]  # untyped in torch
+
+
 _PLAIN = (Tensor, torch.nn.Parameter)
 _WEIGHTS = ("input", "weight", "bias")
+_EMBEDDING = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
 _ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _RULES: dict[Any, tuple[tuple[str, ...], Callable[[Mapping[str, Any]], Any]]] = {
     F.linear: (_WEIGHTS, _linear),
+    F.embedding: (_EMBEDDING, _embedding),
     F.layer_norm: (("input", "normalized_shape", "weight", "bias", "eps"), _norm),
     F.scaled_dot_product_attention: (_ATTENTION, _attention),
     **{

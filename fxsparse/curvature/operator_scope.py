@@ -5,20 +5,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import operator
 import sys
 import warnings
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 
+from fxsparse.curvature.kept_state import kept_attributes
 from fxsparse.curvature.losses import CoupledSamples
 from fxsparse.graph.scopes import mode_of, preserved_rng, seeded
+from fxsparse.nn.recurrence import differentiable_recurrence
 
 T = TypeVar("T")
 
@@ -39,6 +39,7 @@ def curvature_scope(model: nn.Module) -> Iterator[None]:
         stack.enter_context(preserved_rng())
         stack.enter_context(mode_of(model, False))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(differentiable_recurrence(model))
         stack.enter_context(torch.inference_mode(False))
         if "torch._dynamo" in sys.modules:  # else nothing is compiled
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -65,46 +66,6 @@ class _End:
 
 
 _END = _End()
-
-
-@contextlib.contextmanager
-def kept_attributes(model: nn.Module) -> Iterator[None]:
-    """Give back every attribute of every module, and the contents of its lists, dicts and sets.
-
-    Models store activations on themselves; those of a transformed run must not outlive it.
-    """
-    before = [(module.__dict__, _contents(module.__dict__)) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for own, contents in before:
-            _restore(own, contents)
-
-
-_Contents = list[tuple[str, Any, Any]]
-
-
-def _contents(own: dict[str, Any]) -> _Contents:
-    return [(n, v, v.copy() if type(v) in (list, dict, set, OrderedDict) else None) for n, v in own.items()]
-
-
-def _restore(own: dict[str, Any], contents: _Contents) -> None:
-    if len(own) != len(contents) or any(own.get(name) is not value for name, value, _ in contents):
-        own.clear()
-        own.update({name: value for name, value, _ in contents})
-    for _, value, held in contents:
-        if isinstance(value, list):
-            if len(value) != len(held) or any(a is not b for a, b in zip(value, held, strict=True)):
-                value[:] = held
-        elif held is not None and (len(value) != len(held) or not _same(value, held)):
-            value.clear()
-            value.update(held)
-
-
-def _same(value: Any, held: Any) -> bool:
-    if isinstance(value, dict):
-        return list(value) == list(held) and all(map(operator.is_, value.values(), held.values()))
-    return bool(value == held)
 
 
 @functools.cache

@@ -10,8 +10,10 @@ import torch
 from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
 
+from fxsparse.curvature.dense_storage import check_stored_dense
 from fxsparse.errors import ConfigError
-from fxsparse.nn import check_mask_edit, mask_name, masked_weights
+from fxsparse.nn import check_mask_edit, mask_name
+from fxsparse.passes.instrument_fisher import CONTAINER
 from fxsparse.sparsity import Mask
 
 Selection = Iterable[str] | Iterable[nn.Parameter] | Mapping[str, Tensor] | None
@@ -120,8 +122,9 @@ def parameter_space(
     Raises:
         ConfigError: an unknown parameter, several dtypes or devices, complex parameters, or a mask of another shape.
     """
-    firsts = dict(model.named_parameters())
-    aliases = {name: parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+    firsts = own_parameters(model)
+    ids = {id(parameter) for parameter in firsts.values()}
+    aliases = {n: each for n, each in model.named_parameters(remove_duplicate=False) if id(each) in ids}
     chosen = _chosen(firsts, aliases, params)
     kinds = {(firsts[name].dtype, firsts[name].device) for name in chosen}
     if len(kinds) != 1 or not next(iter(kinds))[0].is_floating_point:
@@ -142,6 +145,13 @@ def parameter_space(
     return ParameterSpace(shapes, dtype, device, flat.to(device).clone())
 
 
+def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters by first name, without the statistics of Fisher taps, whose gradients are none."""
+    held = [module for path, module in model.named_modules() if path.rpartition(".")[2] == CONTAINER]
+    taken = {id(parameter) for holder in held for parameter in holder._parameters.values()}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in taken}
+
+
 def _support(value: str) -> Support:
     try:
         return Support(value)
@@ -153,6 +163,8 @@ def _chosen(firsts: Mapping[str, Tensor], aliases: Mapping[str, Tensor], params:
     if params is None:
         wanted = [name for name, parameter in firsts.items() if parameter.requires_grad] or list(firsts)
         return wanted
+    if isinstance(params, str):
+        raise ConfigError(f"`params` (={params!r}) must be an iterable of names: give [{params!r}]")
     ids = {id(parameter): name for name, parameter in firsts.items()}
     found = set()
     for each in params:
@@ -188,7 +200,7 @@ def _flat_mask(
 
 
 def _of_own_masks(model: nn.Module, space: ParameterSpace, support: Support) -> ParameterSpace:
-    weights = {name: weight for name, weight in masked_weights(model).items() if name in space.shapes}
+    weights = {name: each for name, each in check_stored_dense(model, space.shapes).items() if name in space.shapes}
     if not weights:
         raise ConfigError(f"`mask` (={support}) needs masks, and the chosen parameters have none; use mask=None")
     if support is Support.ON:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float64
 from torch import Generator, Tensor, nn
@@ -27,8 +28,8 @@ from fxsparse.curvature.percolation_rules import (
 from fxsparse.errors import ConfigError, DataError
 from fxsparse.sparsity.random import generator as keyed_generator
 
-Loss = Callable[[], float]
-"""The model's loss on held-out batches, as it is now."""
+Loss = Callable[[], float | Tensor]
+"""The model's loss on held-out batches, as it is now: a number, or a tensor of one."""
 _ROUNDING = 1e-9
 
 
@@ -139,7 +140,7 @@ class Percolation:
             gradient: dL/dw by name, for `Direction.GRADIENT`.
 
         Raises:
-            ConfigError: a concentration out of range, or no gradient where it is needed.
+            ConfigError: a concentration out of range, no gradient where it is needed, or a loss that is no number.
             DataError: a chosen group has no energy of its own: nothing alive, zero weights or a zero gradient.
         """
         source = keyed_generator(self.seed, repeat, round(concentration * 2**20), "percolation")
@@ -204,7 +205,7 @@ class Percolation:
         risks = torch.zeros(table.count, dtype=torch.float64)
         changes = torch.zeros(table.count, dtype=torch.float64)
         with kept_tensors(model.buffers()):
-            start = loss()
+            start = _number(loss())
         for group in range(table.count):
             for repeat in range(repeats):
                 source = keyed_generator(self.seed, repeat, group, "percolation_single")
@@ -243,19 +244,29 @@ class Percolation:
     def _measured(self, model: nn.Module, delta: Mapping[str, Tensor], loss: Loss, start: float | None = None) -> float:
         weights = {name: parameter for name, parameter in model.named_parameters() if name in delta}
         with kept_tensors(model.buffers()), kept_tensors(weights.values()) as before:
-            before_loss = loss() if start is None else start
+            before_loss = _number(loss()) if start is None else start
             ends = []
             for sign in (1.0, -1.0) if self.antithetic else (1.0,):
                 with torch.no_grad():
                     for (name, weight), old in zip(weights.items(), before, strict=True):
                         weight.copy_(old.double() + sign * delta[name].to(weight.device))
-                ends.append(loss())
+                ends.append(_number(loss()))
         change = _mean(ends) - before_loss
         if not abs(change) < float("inf"):
             raise DataError(
                 f"the loss changes by {change} under a perturbation of {self.budget}; make the budget smaller"
             )
         return change
+
+
+def _number(value: object) -> float:
+    """The loss as a number, without its graph."""
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        return float(value.detach())
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        shown = f"{type(value).__name__} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ConfigError(f"`loss` (={shown}) must return a number, or a tensor of one")
+    return float(value)
 
 
 def _mean(values: Sequence[float]) -> float:

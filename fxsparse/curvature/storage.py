@@ -53,6 +53,10 @@ class Stored:
     values: Tensor
     scale: Tensor | None = None
 
+    def to(self, device: torch.device) -> Stored:
+        """The same on a device."""
+        return Stored(self.values.to(device), None if self.scale is None else self.scale.to(device))
+
     def read(self) -> Tensor:
         """The float32 values."""
         if self.scale is None:

@@ -2,35 +2,41 @@
 
 The first batch is examined on a few samples: where the samples lie at each site, and whether the per-sample gradients
 that come out equal those of autograd. A parameter of which that cannot be shown goes the slow way
-(`taps_fallback`), with the reason.
+(`taps_fallback`), with the reason. A site that no gradient has reached yet, or where values of the inputs tell where
+the samples lie, is checked again in each pass (`taps_checked`).
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fxsparse.curvature.fisher_batch import FisherBatch
-from fxsparse.curvature.fisher_types import CoupledSamples
 from fxsparse.curvature.groups_types import Reading
-from fxsparse.curvature.taps_call import call_with
-from fxsparse.curvature.taps_formulas import ConvWeight, EmbeddingWeight, LinearWeight
-from fxsparse.curvature.taps_layout import Layout, candidates, consistent
-from fxsparse.curvature.taps_mode import Site, TapMode
+from fxsparse.curvature.taps_autograd import Autograd, Output, Values
+from fxsparse.curvature.taps_checked import checked
+from fxsparse.curvature.taps_examined import (
+    Support,
+    changes,
+    noisy,
+    readings_of,
+    sketched,
+    supports,
+)
+from fxsparse.curvature.taps_layout import Layout
+from fxsparse.curvature.taps_mode import TapMode
 from fxsparse.curvature.taps_pass import Part, TapPass, read_once
 from fxsparse.curvature.taps_rules import RULES
+from fxsparse.curvature.taps_site import Site, names_of
 from fxsparse.errors import DataError
 from fxsparse.graph.inputs import tensors_of
 
-_SKETCH = 4096
-EXAMINED = 3
-"""How many samples are examined."""
-
-Output = Callable[[Any], Tensor]
+_TRAILS = 4096
+_FAILS = (RuntimeError, DataError, TypeError, AttributeError, ValueError, IndexError)
 
 
 class Unstable(Exception):
@@ -44,39 +50,98 @@ class Taps:
         model: the model; it is run as it is.
         parameters: by first name, those that are wanted.
         output: takes the outputs z out of what the model returns.
+
+    Attributes:
+        layouts: where the samples lie at each site, by number; None where they lie along no axis.
+        unsure: the layouts that are left at sites where that has not been shown yet.
+        refused: parameters that have no taps, and why.
+        readings: how parameters are read.
+        shared: numbers of inputs that belong to every sample, though they have as many rows as there are samples.
+        broken: whether there is no pass with taps at all.
+        evidence: the samples that were examined, random cotangents of their outputs, sketches of the gradients.
     """
 
     def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], output: Output) -> None:
         self.model, self.parameters, self.output = model, dict(parameters), output
-        wanted = {id(parameter) for parameter in parameters.values()}
-        self.others = [p for p in model.parameters() if id(p) not in wanted and p.requires_grad]
+        self._autograd = Autograd(model, self.parameters, output)
+        self._wanted = {id(parameter) for parameter in parameters.values()}
+        self.others = [p for p in model.parameters() if id(p) not in self._wanted and p.requires_grad]
         self.layouts: dict[int, Layout | None] = {}
+        self.unsure: dict[int, list[Layout]] = {}
         self.signatures: list[tuple[Any, ...]] = []
+        self.trails: set[int] = set()
         self.readings: dict[str, Reading] = {}
         self.refused: dict[str, str] = {}
+        self.shared: frozenset[int] = frozenset()
+        self.broken = False
         self.evidence: tuple[FisherBatch, Tensor, dict[str, Tensor]]
 
     def run(self, batch: FisherBatch) -> TapPass:
-        """A forward pass with taps.
+        """A forward pass with taps; its `refused` are those of the taps and those whose samples lie elsewhere in it.
 
         Raises:
             Unstable: it differs from the pass that was examined.
         """
-        made = self._run(batch, self.layouts)
-        signatures = [site.signature for site in made.mode.sites]
-        for site in made.mode.sites:
-            layout = self.layouts.get(site.number)
-            if signatures[site.number : site.number + 1] != self.signatures[site.number : site.number + 1] or (
-                layout is not None and not layout.fits(site.shape[layout.axis], batch.samples)
-            ):
-                raise Unstable
-        uncovered = set(made.mode.uncovered) - set(self.refused)
-        if len(signatures) != len(self.signatures) or uncovered:
+        if self.broken:
             raise Unstable
-        made.single = read_once(made.mode.sites)
+        made = self._run(batch, self.layouts, watched=self.unsure, trails=self.trails)
+        if [site.signature for site in made.mode.sites] != self.signatures:
+            raise Unstable
+        if not set(made.mode.uncovered) <= set(self.refused):
+            raise Unstable
+        self._place(made)
+        made.single = read_once(made.mode.sites, made.refused)
         return made
 
-    def _run(self, batch: FisherBatch, layouts: Mapping[int, Layout | None] | None) -> TapPass:
+    def _place(self, made: TapPass) -> None:
+        """Check the places of samples where they are not known beforehand."""
+        open_: dict[int, list[Layout]] = {}
+        for site in made.mode.sites:
+            layout = self.layouts.get(site.number)
+            if layout is None:
+                continue
+            left = self.unsure.get(site.number)
+            asked = left if left is not None and site.leaf is None else [layout]
+            fitting = [each for each in asked if each.fits(site.shape[each.axis], made.samples)]
+            if site.moved or left is not None:
+                open_[site.number] = fitting
+            elif not fitting:
+                raise Unstable
+        layouts, refused = dict(self.layouts), dict(self.refused)
+        known = True
+        for number, shown in (checked(made, open_) if open_ else {}).items():
+            site = made.mode.sites[number]
+            known &= bool(shown.layouts) and (shown.samples > 1 or not site.moved)
+            if shown.layouts:
+                layouts[number] = shown.layouts[0]
+            else:
+                reason = f"the samples lie elsewhere in this batch at `{site.what}`"
+                refused |= {name: reason for name in names_of(site) if name not in refused}
+            if not site.moved and made.samples > 1:
+                self._learn(site, shown.layouts, shown.samples)
+        made.layouts, made.refused = layouts, refused
+        if known and len(self.trails) < _TRAILS:
+            self.trails.update(made.mode.path.trails)
+
+    def _learn(self, site: Site, holding: list[Layout], samples: int) -> None:
+        """What one pass has shown of an unsure site holds in all."""
+        if site.leaf is not None:
+            left = self.unsure[site.number]
+            holding = left[:1] if holding and samples > 1 else left if holding else left[1:]
+            self.layouts[site.number] = holding[0] if holding else None
+        self.unsure[site.number] = holding
+        if len(holding) == 1 and samples > 1:
+            self.layouts[site.number] = self.unsure.pop(site.number)[0]
+
+    def _run(
+        self,
+        batch: FisherBatch,
+        layouts: Mapping[int, Layout | None] | None,
+        values: Values | None = None,
+        watched: Container[int] | None = None,
+        trails: Container[int] | None = None,
+        outputs: bool = False,
+    ) -> TapPass:
         held: list[weakref.ref[TapPass]] = []  # weak: the graph's hooks must not keep the graph alive
 
         def receive(site: Site, delta: Tensor) -> None:
@@ -84,14 +149,19 @@ class Taps:
             if made is not None:
                 made.receive(site, delta)
 
-        mode = TapMode(self.parameters, self.others, RULES, receive, layouts)
+        others = self.others if values is None else [p for p in self.model.parameters() if id(p) not in self._wanted]
+        mode = TapMode(self.parameters, others, RULES, receive, layouts, values, watched, trails)
+        mode.outputs = {} if outputs else None
         args, kwargs = batch.fresh()
         for tensor in tensors_of((args, kwargs)):
             mode.data(tensor)
-        with mode:
-            returned = self.model(*args, **kwargs)
-        z = self.output(returned)
-        made = TapPass(mode, z, batch.samples, layouts or {})
+        try:
+            with mode:
+                returned = self.model(*args, **kwargs)
+            z = self.output(returned)
+            made = TapPass(mode, z, batch.samples, layouts or {}, self.refused, edges=mode.edges)
+        finally:
+            mode.edges = {}
         held.append(weakref.ref(made))
         return made
 
@@ -100,109 +170,105 @@ class Taps:
 
         Raises:
             CoupledSamples: the outputs of one sample depend on the others.
+            DataError: gradients are NaN or infinite, or outputs do not have the samples along axis 0.
         """
-        few = batch.select(list(range(min(EXAMINED, batch.samples))) if batch.samples > 1 else [0, 0])
-        generator = torch.Generator().manual_seed(0)
-        references, plain, cotangent = self._references(few, generator)
+        few, references, cotangent, self.shared = self._autograd.first(batch)
+        for name, reference in references.items():
+            if not bool(reference.isfinite().all()):
+                raise DataError(
+                    f"`{name}` has gradients in this batch that are NaN or infinite; nothing was added: look for NaN "
+                    "or huge values in its inputs, its targets and the weights"
+                )
         self.evidence = few, cotangent, references
-        self._check_uncoupled(few, plain)
         try:
-            self.layouts = self._find_layouts(few, cotangent)
-        except (RuntimeError, DataError, TypeError, AttributeError, ValueError) as error:
-            self.refused = dict.fromkeys(self.parameters, f"its operators cannot be tapped ({error})")
-            return
-        try:
+            self._find_layouts(few, cotangent)
             made = self._run(few, self.layouts)
-        except (RuntimeError, DataError, TypeError, AttributeError, ValueError) as error:
+        except _FAILS as error:
             self.refused = dict.fromkeys(self.parameters, f"its operators cannot be tapped ({error})")
+            self.broken = True
             return
         self.signatures = [site.signature for site in made.mode.sites]
+        self.trails = set(made.mode.path.trails)
         self.refused = dict(made.mode.uncovered)
         for site in made.mode.sites:
             if self.layouts.get(site.number) is None:
-                for operand in site.operands:
-                    reason = f"the samples lie along no axis at `{site.what}`"
-                    self.refused.update(dict.fromkeys(operand.source.names, reason))
+                reason = f"the samples lie along no axis at `{site.what}`"
+                self.refused.update(dict.fromkeys(names_of(site), reason))
         self._compare(made, cotangent, references)
-        self.readings = _readings(made.mode.sites, self.parameters)
+        self._compare_idle(few, cotangent, references)
+        self.readings = readings_of(made.mode.sites, self.parameters)
 
-    def _references(self, few: FisherBatch, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Per-sample gradients by autograd alone, sketched, of random cotangents; the outputs and the cotangents."""
-        leaves = {name: p.detach().requires_grad_(True) for name, p in self.parameters.items()}
-        references = {name: sketches_like(leaf, few.samples) for name, leaf in leaves.items()}
-        args, kwargs = few.fresh()
-        z = self.output(call_with(self.model, leaves, args, kwargs))
-        if not z.ndim or z.shape[0] != few.samples:
-            raise DataError(
-                f"the outputs (={tuple(z.shape)}) must have the samples along axis 0: give `output`, a function that "
-                "takes them out of what the model returns"
-            )
-        cotangent = torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z)
-        for n in range(few.samples):
-            handles = [_sketch_on_arrival(leaf, references[name][n]) for name, leaf in leaves.items()]
-            try:
-                if z.requires_grad:
-                    torch.autograd.backward(z[n], cotangent[n], retain_graph=True, inputs=list(leaves.values()))
-            except RuntimeError as error:
-                if "modified by an inplace operation" not in str(error):
-                    raise
-                raise DataError(
-                    "the model overwrites a tensor in place that its gradients need, so that it cannot be trained "
-                    f"either: write the operation out of place ({error})"
-                ) from error
-            finally:
-                for handle in handles:
-                    handle.remove()
-        return references, z.detach(), cotangent
+    def _find_layouts(self, few: FisherBatch, cotangent: Tensor) -> None:
+        """The layouts of each site in which nothing of one sample lies at another.
 
-    @torch.no_grad()
-    def _check_uncoupled(self, few: FisherBatch, z: Tensor) -> None:
-        """The outputs of the first sample must not change with the others."""
-        again = few.select([0] * few.samples) if few.samples > 1 else few
-        args, kwargs = again.fresh()
-        alone = self.output(self.model(*args, **kwargs))[:1]
-        scale = float(z[:1].abs().max()) if z.numel() else 0.0
-        difference = float((alone - z[:1]).abs().max()) if z.numel() else 0.0
-        if difference > 100 * torch.finfo(z.dtype).eps ** 0.75 * max(scale, 1e-30):
-            raise CoupledSamples(
-                f"the outputs of a sample change by {difference:.3g} when the other samples of its batch change, so "
-                "that it has no gradient of its own: remove what mixes samples (batch statistics, randomness)"
-            )
-
-    def _find_layouts(self, few: FisherBatch, cotangent: Tensor) -> dict[int, Layout | None]:
-        """The first layout of each site in which nothing of one sample lies at another; gradients are not kept."""
+        Weights of zero let no gradient through: where that leaves a site open, it is asked again near the weights.
+        Where no gradient arrives for other reasons, one sample is exchanged for another, and the site's output tells.
+        """
         made = self._run(few, None)
-        sites, leaves = made.mode.sites, made.mode.leaves
-        left = {site.number: _layouts(site, few.samples) for site in sites}
-        current = 0
+        found = supports(made, cotangent)
+        moved = {site.number for site in made.mode.sites if site.moved}
+        told = [(site.signature, site.shape) for site in made.mode.sites]
 
-        def arrived(site: Site, delta: Tensor | None) -> None:
-            if delta is not None:
-                support = delta != 0
-                left[site.number] = [y for y in left[site.number] if consistent(y, support, few.samples, current)]
+        def add(other: TapPass, shown: Mapping[int, Support]) -> None:
+            if told == [(site.signature, site.shape) for site in other.mode.sites]:
+                for number, each in shown.items():
+                    found[number].narrowed(each)
 
-        made.receive = arrived  # type: ignore[method-assign]  # only for this pass
-        for n in range(few.samples):
-            current = n
-            alone = torch.zeros_like(cotangent)
-            alone[n] = cotangent[n]
-            if made.z.requires_grad:
-                found = torch.autograd.grad(made.z, leaves, alone, retain_graph=True, allow_unused=True)
-                given = {id(leaf): gradient for leaf, gradient in zip(leaves, found, strict=True)}
-                for site in sites:
-                    if site.leaf is not None:
-                        arrived(site, given[id(site.leaf)])
-        return {number: found[0] if found else None for number, found in left.items()}
+        def open_() -> bool:
+            return any(not each.sure for number, each in found.items() if number not in moved)
+
+        values = noisy(self.model) if open_() else None
+        try:
+            if open_():
+                near = self._run(few, None, values)
+                add(near, supports(near, cotangent))
+            if open_():
+                near = self._run(few, None, values, outputs=True)
+                for n in range(few.samples):
+                    other = few.select([(k + 1) % few.samples if k == n else k for k in range(few.samples)])
+                    add(near, changes(near, self._run(other, None, values, outputs=True), n))
+        except _FAILS:
+            pass  # weights or samples cannot be varied: what is open is checked in each pass
+        self.layouts = {number: each.layouts[0] if each.layouts else None for number, each in found.items()}
+        self.unsure = {
+            number: each.layouts
+            for number, each in found.items()
+            if each.layouts and not each.sure and number not in moved
+        }
 
     def _compare(self, made: TapPass, cotangent: Tensor, references: dict[str, Tensor]) -> None:
         """Refuse the parameters whose per-sample gradients are not autograd's."""
+        self.refused |= dict.fromkeys(
+            self._differing(made, cotangent, references),
+            "the taps miss some of its uses, which do not go through torch's operators",
+        )
+
+    def _compare_idle(self, few: FisherBatch, cotangent: Tensor, references: Mapping[str, Tensor]) -> None:
+        """The same near the weights, for parameters whose gradients are zero at the weights themselves."""
+        idle = [name for name, each in references.items() if name not in self.refused and not bool(each.any())]
+        if not idle:
+            return
+        values = noisy(self.model)
+        reason = "its gradient is zero in the first batch, so that its taps cannot be compared with autograd"
+        try:
+            near, _, cotangent = self._autograd.references(few, values)
+            made = self._run(few, self.layouts, values)
+            differing = self._differing(made, cotangent, {name: near[name] for name in idle})
+        except _FAILS:
+            differing = idle
+        self.refused |= dict.fromkeys(differing, reason)
+
+    def _differing(self, made: TapPass, cotangent: Tensor, references: Mapping[str, Tensor]) -> Iterable[str]:
+        """The parameters, of those that are not refused, whose per-sample gradients are not the references."""
         mine = {name: torch.zeros_like(reference) for name, reference in references.items()}
 
         def take(name: str, parts: list[Part]) -> None:
-            for n, row in enumerate(mine[name]):
-                row.copy_(sketched(made.per_sample(name, parts, n, n + 1)[0]))
+            if name in mine:
+                for n, row in enumerate(mine[name]):
+                    row.copy_(sketched(made.per_sample(name, parts, n, n + 1)[0]))
 
-        made.single = read_once(made.mode.sites)
+        made.refused = self.refused
+        made.single = read_once(made.mode.sites, self.refused)
         for name, parts in made.parts(cotangent, lambda name, part: take(name, [part]), keep=False).items():
             take(name, parts)
         total = torch.stack([r.double().norm() for r in references.values()]).norm() if references else 0.0
@@ -213,58 +279,4 @@ class Taps:
             floor = 1e-3 * float(total) if eps > 1e-10 else 1e-6 * float(total)
             difference = float((mine[name] - reference).double().norm())
             if not difference <= eps**0.6 * (float(reference.double().norm()) + floor):
-                self.refused[name] = "the taps miss some of its uses, which do not go through torch's operators"
-
-
-def sketched(g: Tensor) -> Tensor:
-    """A linear sketch of at most 4096 numbers: what is compared of a gradient, which may be too large to be kept."""
-    flat = g.detach().flatten()
-    if flat.numel() <= _SKETCH:
-        return flat.clone()
-    whole = flat.numel() // _SKETCH * _SKETCH
-    weights = torch.arange(whole // _SKETCH, dtype=torch.float64).cos().to(flat)
-    result = weights @ flat[:whole].view(-1, _SKETCH)
-    result[: flat.numel() - whole] += 0.7 * flat[whole:]
-    return result
-
-
-def sketches_like(parameter: Tensor, samples: int) -> Tensor:
-    """Zeros for the sketches of so many gradients."""
-    return torch.zeros((samples, min(parameter.numel(), _SKETCH)), dtype=parameter.dtype, device=parameter.device)
-
-
-def _sketch_on_arrival(leaf: Tensor, into: Tensor) -> Any:
-    def take(tensor: Tensor) -> None:
-        assert tensor.grad is not None
-        into.copy_(sketched(tensor.grad))
-        tensor.grad = None
-
-    return leaf.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]  # untyped in torch
-
-
-def _layouts(site: Site, samples: int) -> list[Layout]:
-    """Where the samples may lie at all operands of a site."""
-    axes = site.operands[0].formula.axes(site.shape)
-    for operand in site.operands[1:]:
-        other = set(operand.formula.axes(site.shape))
-        axes = [axis for axis in axes if axis in other]
-    return candidates(site.shape, axes, samples)
-
-
-def _readings(sites: list[Site], parameters: Mapping[str, Tensor]) -> dict[str, Reading]:
-    """How each parameter is read, where that is the same everywhere and its shape is kept."""
-    found: dict[str, set[Reading]] = {}
-    for site in sites:
-        for operand in site.operands:
-            formula = operand.formula
-            for name in operand.source.names:
-                if tuple(parameters[name].shape) != tuple(formula.shape):
-                    continue
-                if isinstance(formula, LinearWeight):
-                    found.setdefault(name, set()).add(Reading(1 if formula.transposed else 0))
-                elif isinstance(formula, ConvWeight):
-                    spec = formula.spec
-                    found.setdefault(name, set()).add(Reading("leading", spec.groups) if spec.transposed else Reading())
-                elif isinstance(formula, EmbeddingWeight):
-                    found.setdefault(name, set()).add(Reading(tokens=True))
-    return {name: readings.pop() for name, readings in found.items() if len(readings) == 1}
+                yield name

@@ -22,12 +22,14 @@ from fxsparse.curvature.fisher_types import UncoveredParameter
 from fxsparse.curvature.groups import Grouping, element, slices
 from fxsparse.curvature.taps_fused import check_not_exporting
 from fxsparse.curvature.taps_layout import Layout
-from fxsparse.curvature.taps_mode import Site, TapMode
+from fxsparse.curvature.taps_mode import TapMode
 from fxsparse.curvature.taps_pass import TapPass, read_once
 from fxsparse.curvature.taps_rules import RULES
+from fxsparse.curvature.taps_site import Site
 from fxsparse.errors import DataError
 from fxsparse.graph.scopes import preserved_rng
 from fxsparse.nn import masked_weights
+from fxsparse.sparsity.random import accelerator_states, used_accelerator
 
 _SLICES = "slices"
 
@@ -78,16 +80,12 @@ class _Generators:
     """The states of torch's global random generators."""
 
     cpu: Tensor = field(default_factory=torch.get_rng_state)
-    cuda: list[Tensor] = field(default_factory=lambda: torch.cuda.get_rng_state_all() if _cuda() else [])
+    others: list[Tensor] = field(default_factory=accelerator_states)
 
     def restore(self) -> None:
         torch.set_rng_state(self.cpu)
-        if self.cuda:
-            torch.cuda.set_rng_state_all(self.cuda)
-
-
-def _cuda() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # untyped in torch
+        if self.others:
+            used_accelerator().set_rng_state_all(self.others)
 
 
 @dataclass(eq=False)

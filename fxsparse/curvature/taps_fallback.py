@@ -12,10 +12,12 @@ from torch.utils import _pytree as pytree
 
 from fxsparse.curvature.fisher_batch import FisherBatch
 from fxsparse.curvature.fisher_types import UncoveredParameter
-from fxsparse.curvature.taps import Output, sketched
+from fxsparse.curvature.taps_autograd import Output
 from fxsparse.curvature.taps_call import call_with
+from fxsparse.curvature.taps_examined import sketched
 
 _BUDGET = 1 << 24
+_FAILS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
 
 
 class PerSample:
@@ -31,6 +33,7 @@ class PerSample:
         self.model, self.parameters, self.output = model, dict(parameters), output
         self.vectorised = True
         self.reason = ""
+        self._examined = False
 
     def examine(self, few: FisherBatch, cotangent: Tensor, references: Mapping[str, Tensor]) -> None:
         """Find out which way is right, on a few samples whose gradients are known.
@@ -45,12 +48,13 @@ class PerSample:
             self.vectorised = vectorised
             try:
                 found = self._gradients(few, cotangent)
-            except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+            except _FAILS as error:
                 causes.append(f"{'vmap' if vectorised else 'one sample alone'}: {type(error).__name__}: {error}")
                 continue
             wrong = [name for name, reference in references.items() if not _alike(_sketches(found[name]), reference)]
             if not wrong:
                 self.reason = causes[0] if causes else ""
+                self._examined = True
                 return
             causes.append(f"{'vmap' if vectorised else 'one sample alone'} differs from autograd")
         names = ", ".join(f"`{name}`" for name in self.parameters)
@@ -73,14 +77,18 @@ class PerSample:
     def _gradients(self, batch: FisherBatch, cotangent: Tensor) -> dict[str, Tensor]:
         leaves = {name: parameter.detach() for name, parameter in self.parameters.items()}
         if self.vectorised:
-            return self._by_vmap(leaves, batch, cotangent)
+            try:
+                return self._by_vmap(leaves, batch, cotangent)
+            except _FAILS as error:
+                if not self._examined:
+                    raise
+                self.vectorised, self.reason = False, str(error)  # values of the inputs tell what can be batched
         return self._by_loop(leaves, batch, cotangent)
 
     def _by_vmap(self, leaves: dict[str, Tensor], batch: FisherBatch, cotangent: Tensor) -> dict[str, Tensor]:
         inputs = batch.fresh()
-        axes = batch.sample_axes(inputs)
         flat, form = pytree.tree_flatten(inputs)
-        flat_axes = [0 if axis == 0 else None for axis in pytree.tree_flatten(axes, is_leaf=lambda x: x is None)[0]]
+        flat_axes = batch.sample_axes()
 
         def scalar(own: dict[str, Tensor], values: list[Any], c: Tensor) -> Tensor:
             alone = [v.unsqueeze(0) if axis == 0 else v for v, axis in zip(values, flat_axes, strict=True)]
@@ -100,8 +108,12 @@ class PerSample:
             if z.requires_grad:
                 gradients = torch.autograd.grad(z, list(own.values()), cotangent[n : n + 1], allow_unused=True)
             for name, gradient in zip(own, gradients, strict=True):
-                found[name].append(torch.zeros_like(leaves[name]).detach() if gradient is None else gradient)
+                found[name].append(torch.zeros_like(leaves[name]).detach() if gradient is None else _dense(gradient))
         return {name: torch.stack(each) for name, each in found.items()}
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def _sketches(g: Tensor) -> Tensor:

@@ -8,89 +8,22 @@ aliases of the parameters, and per-sample gradients are carried back through it.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from fxsparse.curvature.taps_formulas import Formula
 from fxsparse.curvature.taps_layout import Layout
-from fxsparse.errors import DataError
+from fxsparse.curvature.taps_moved import MOVED, Path, Role, is_order, level_of, mark, moves, role_of, tensors_in
+from fxsparse.curvature.taps_site import Operand, Site, Source, mark_site
 from fxsparse.graph.macs import op_name
 from fxsparse.nn.functional import masked_weight
 
 _SOURCE = "_fxsparse_source"
-_DATA = "_fxsparse_data"
-_SITE = "_fxsparse_site"
-
-
-@dataclass(eq=False)
-class Source:
-    """A tensor that depends on parameters and on no input.
-
-    Attributes:
-        tensor: the alias of a parameter, or what was computed from aliases, with its autograd graph.
-        names: the parameters.
-        direct: the parameter that it is, up to a mask; None for other expressions.
-        mask: the bool mask between parameter and tensor, if any.
-        plain: the same without a graph, which operators get.
-    """
-
-    tensor: Tensor
-    names: tuple[str, ...]
-    direct: str | None = None
-    mask: Tensor | None = None
-    plain: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.plain = self.tensor.detach()
-
-
-@dataclass(eq=False)
-class Operand:
-    """One source read by one call."""
-
-    source: Source
-    formula: Formula
-
-
-@dataclass(eq=False)
-class Site:
-    """One call that reads sources.
-
-    Attributes:
-        number: in the order of calls.
-        what: the operator's name.
-        operands: what it reads.
-        shape: of the tensor whose gradient is received: the output, or the operand's own copy.
-        saved: the tensors that the formulas need later, with their versions.
-        leaf: the operand's own copy, whose gradient autograd returns.
-    """
-
-    number: int
-    what: str
-    operands: list[Operand]
-    shape: tuple[int, ...]
-    saved: list[tuple[Tensor, int]] = field(default_factory=list)
-    leaf: Tensor | None = None
-
-    @property
-    def signature(self) -> tuple[Any, ...]:
-        """What must not change between batches, or the samples may lie elsewhere."""
-        return self.what, len(self.shape), tuple(operand.source.names for operand in self.operands)
-
-    def check_saved(self) -> None:
-        """Raise DataError where an input was overwritten since the call."""
-        for tensor, version in self.saved:
-            if tensor._version != version:
-                names = ", ".join(f"`{name}`" for operand in self.operands for name in operand.source.names)
-                raise DataError(
-                    f"the input of `{self.what}` with {names} was modified in place after the call; such a model "
-                    "cannot be trained either: write the operation out of place"
-                )
 
 
 class _Anchor(torch.autograd.Function):
@@ -119,6 +52,16 @@ class TapMode(TorchFunctionMode):
         rules: by operator name: makes the call, declares its sites, or returns NotImplemented.
         receive: gets each site with its output gradient, at each backward pass.
         layouts: where the samples lie at each site, by number; None while that is being found out.
+        values: by identity, what stands in for a parameter.
+        watched: sites whose `edges` are kept beside those of all that are moved; None to keep none.
+        trails: those of earlier passes; None where there were none.
+
+    Attributes:
+        sites: in the order of calls.
+        uncovered: parameters with a read that has no tap, and why.
+        edges: where gradients arrive, by number of a site.
+        outputs: of each site with an output, by number; None where they are not kept.
+        path: which way Python code goes.
     """
 
     def __init__(
@@ -128,18 +71,29 @@ class TapMode(TorchFunctionMode):
         rules: Mapping[str, Rule],
         receive: Receiver,
         layouts: Mapping[int, Layout | None] | None,
+        values: Mapping[int, Tensor] | None = None,
+        watched: Container[int] | None = None,
+        trails: Container[int] | None = None,
     ) -> None:
         super().__init__()
-        self.aliases = {name: parameter.detach().requires_grad_(True) for name, parameter in parameters.items()}
+        values = values or {}
+        self.aliases = {
+            name: values.get(id(parameter), parameter).detach().requires_grad_(True)
+            for name, parameter in parameters.items()
+        }
         self.known: dict[int, Source] = {
             id(parameter): Source(self.aliases[name], (name,), name) for name, parameter in parameters.items()
         }
-        self.frozen = {id(parameter): parameter.detach() for parameter in others}
+        self.frozen = {id(parameter): values.get(id(parameter), parameter).detach() for parameter in others}
         self.rules, self.receive, self.layouts = rules, receive, layouts
         device = next(iter(parameters.values())).device
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         self.sites: list[Site] = []
         self.uncovered: dict[str, str] = {}
+        self.edges: dict[int, GradientEdge] = {}
+        self.outputs: dict[int, Tensor] | None = None
+        self.path = Path(trails)
+        self._watched, self._level = watched, 0
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -148,29 +102,52 @@ class TapMode(TorchFunctionMode):
 
     def data(self, tensor: Tensor) -> Tensor:
         """Mark a tensor as depending on the inputs."""
-        setattr(tensor, _DATA, True)
+        mark(tensor, 1)
         return tensor
 
     def __torch_function__(
         self, func: Callable[..., Any], kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        held, data = False, False
+        held, level = False, 0
         for tensor in tensors_in(args, kwargs):
-            if id(tensor) in self.known or hasattr(tensor, _SOURCE):
+            own = self._level_of(tensor)
+            if own < 0:
                 held = True
-            elif hasattr(tensor, _DATA) or tensor.requires_grad:
-                data = True
+            elif own > level:
+                level = own
+        role = role_of(func) if level else None
+        if role is not None and moves(role, args, kwargs, lambda tensor: max(self._level_of(tensor), 0)):
+            level = MOVED
         if self.frozen:
             args, kwargs = self._mapped(args, kwargs, lambda tensor: self.frozen.get(id(tensor), tensor))
-        if not held:
-            result = func(*args, **kwargs)
-            if data and _writes(func) and isinstance(args[0], Tensor):
-                setattr(args[0], _DATA, True)
-            return self._mark(result) if data else result
-        if not data:
+        if held and not level:
             return self._derive(func, args, kwargs)
-        return self._mark(self._use(func, args, kwargs))
+        result = self._use_at(level, func, args, kwargs) if held else func(*args, **kwargs)
+        if not level:
+            if is_order(func):
+                mark(result, 1)
+            return result
+        if role is Role.READS:
+            self.path.turn(result)
+        if not held and _writes(func) and isinstance(args[0], Tensor):
+            mark(args[0], level)
+        for tensor in tensors_in((result,), {}):
+            mark(tensor, level)
+        return result
+
+    def _level_of(self, tensor: Tensor) -> int:
+        """-1 for parameters and what is computed from them."""
+        if id(tensor) in self.known or hasattr(tensor, _SOURCE):
+            return -1
+        return 0 if id(tensor) in self.frozen else level_of(tensor)
+
+    def _use_at(self, level: int, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        before, self._level = self._level, level
+        try:
+            return self._use(func, args, kwargs)
+        finally:
+            self._level = before
 
     def source(self, value: Any) -> Source | None:
         """The source that a value is, if it is one."""
@@ -190,8 +167,7 @@ class TapMode(TorchFunctionMode):
         if not torch.is_grad_enabled():
             return y
         found = [Operand(source, formula) for source, formula in operands if source is not None]
-        site = Site(len(self.sites), what, found, tuple(y.shape), [(x, x._version) for x in saved])
-        self.sites.append(site)
+        site = self._declare(what, found, y, saved=[(x, x._version) for x in saved])
         if not y.requires_grad:
             y = _Anchor.apply(y.data if y._is_view() else y, self.anchor)  # type: ignore[no-untyped-call]  # untyped
         hooked = y
@@ -205,14 +181,23 @@ class TapMode(TorchFunctionMode):
         hooked.register_hook(  # type: ignore[no-untyped-call]  # untyped in torch
             lambda delta: self.receive(site, delta.reshape(site.shape))
         )
-        setattr(y, _SITE, (site, y._version))
+        if self._watched is not None and (site.moved or site.number in self._watched):
+            self.edges[site.number] = get_gradient_edge(hooked)
+        if self.outputs is not None:
+            self.outputs[site.number] = y.detach()
+        mark_site(y, site)
         return y
+
+    def _declare(self, what: str, operands: list[Operand], y: Tensor, **more: Any) -> Site:
+        moved = self._level >= MOVED or self.path.strayed
+        site = Site(len(self.sites), what, operands, tuple(y.shape), moved=moved, read=self.path.numbers, **more)
+        self.sites.append(site)
+        return site
 
     def tap_leaf(self, what: str, copy: Tensor, source: Source, formula: Formula) -> Tensor:
         """Declare a site at the operand's own copy, a leaf, and return it."""
         copy = copy.detach().requires_grad_(True)
-        site = Site(len(self.sites), what, [Operand(source, formula)], tuple(copy.shape), leaf=copy)
-        self.sites.append(site)
+        self._declare(what, [Operand(source, formula)], copy, leaf=copy)
         return copy
 
     def layout_of_next(self) -> Layout | None:
@@ -264,11 +249,6 @@ class TapMode(TorchFunctionMode):
         args, kwargs = self._mapped(args, kwargs, self.plain)
         return func(*args, **kwargs)
 
-    def _mark(self, result: Any) -> Any:
-        for tensor in tensors_in((result,), {}):
-            setattr(tensor, _DATA, True)
-        return result
-
     def _mapped(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], rule: Callable[[Tensor], Tensor]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -287,26 +267,9 @@ def _map(value: Any, rule: Callable[[Tensor], Tensor]) -> Any:
     return {key: _map(each, rule) for key, each in value.items()} if type(value) is dict else value
 
 
-def site_of(tensor: Tensor) -> Site | None:
-    """The site whose output this tensor is, unchanged."""
-    site, version = getattr(tensor, _SITE, (None, 0))
-    return site if tensor._version == version else None
-
-
 def _writes(func: Callable[..., Any]) -> bool:
     name = str(getattr(func, "__name__", ""))
     return name == "__setitem__" or name.endswith("_") and not name.endswith("__")
-
-
-def tensors_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    """The tensors among arguments, in tuples, lists and dicts too."""
-    for value in (*args, *kwargs.values()) if kwargs else args:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (tuple, list)):
-            yield from tensors_in(tuple(value), {})
-        elif type(value) is dict:
-            yield from tensors_in(tuple(value.values()), {})
 
 
 _NEVER = {

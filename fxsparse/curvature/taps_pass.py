@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from fxsparse.curvature.taps_layout import Layout
-from fxsparse.curvature.taps_mode import Operand, Site, TapMode
+from fxsparse.curvature.taps_mode import TapMode
+from fxsparse.curvature.taps_site import Operand, Site
 
 
 @dataclass(eq=False)
@@ -30,16 +32,22 @@ class TapPass:
         mode: the mode under which it ran.
         z: the outputs.
         samples: N.
+        layouts: where the samples lie at each site, by number.
+        refused: parameters whose gradients are not had from taps, and why; what arrives for them is dropped.
         single: the parameters that are read once, as they are; their parts are handed on as soon as they arrive.
-        masked: see `carried`.
+        closed: sites that are done.
+        edges: by number of a site, where its gradient arrives in the graph. They must not be kept by what the graph's
+            hooks hold, which would keep the graph alive for ever.
     """
 
     mode: TapMode
     z: Tensor
     samples: int
     layouts: Mapping[int, Layout | None]
+    refused: Mapping[str, str] = field(default_factory=dict)
     single: frozenset[str] = frozenset()
     closed: frozenset[int] = frozenset()
+    edges: Mapping[int, GradientEdge] = field(default_factory=dict)
     _pending: list[Part] = field(default_factory=list)
     _hand: Callable[[str, Part], None] | None = None
 
@@ -66,8 +74,14 @@ class TapPass:
         parts: dict[str, list[Part]] = {}
         for part in pending:
             for name in part.operand.source.names:
-                parts.setdefault(name, []).append(part)
+                if name not in self.refused:
+                    parts.setdefault(name, []).append(part)
         return parts
+
+    def target(self, number: int) -> Tensor | GradientEdge:
+        """What autograd is asked for to have the gradient at a site."""
+        leaf = self.mode.sites[number].leaf
+        return self.edges[number] if leaf is None else leaf
 
     @torch.no_grad()
     def receive(self, site: Site, delta: Tensor | None) -> None:
@@ -81,7 +95,7 @@ class TapPass:
             if operand.source.direct in self.single:
                 assert operand.source.direct is not None
                 self._hand(operand.source.direct, part)
-            else:
+            elif not all(name in self.refused for name in operand.source.names):
                 self._pending.append(part)
 
     def per_sample(self, name: str, parts: list[Part], first: int, last: int, dense: bool = False) -> Tensor:
@@ -108,14 +122,14 @@ class TapPass:
         return total
 
 
-def read_once(sites: Sequence[Site]) -> frozenset[str]:
-    """The parameters that are read once, as they are."""
+def read_once(sites: Sequence[Site], refused: Container[str] = ()) -> frozenset[str]:
+    """The parameters that are read once, as they are, without those that are refused."""
     count: dict[str, int] = {}
     for site in sites:
         for operand in site.operands:
             for name in operand.source.names:
                 count[name] = count.get(name, 0) + (1 if operand.source.direct else 2)
-    return frozenset(name for name, times in count.items() if times == 1)
+    return frozenset(name for name, times in count.items() if times == 1 and name not in refused)
 
 
 def pulled_back(value: Tensor, alias: Tensor, cotangents: Tensor) -> Tensor:

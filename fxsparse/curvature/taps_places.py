@@ -24,7 +24,7 @@ from fxsparse.curvature.taps_again import Places, RunAgain, tapped_call
 from fxsparse.curvature.taps_behind import tap_behind
 from fxsparse.curvature.taps_fused import fused_conv, fused_linear
 from fxsparse.curvature.taps_layout import Layout as LayoutOfSite
-from fxsparse.curvature.taps_mode import Site
+from fxsparse.curvature.taps_site import Site, names_of
 from fxsparse.nn.functional import masked_weight
 from fxsparse.nn.masked import mask_name
 from fxsparse.nn.sparse_module import SparseModule
@@ -240,11 +240,6 @@ def _does_alone(owner: nn.Module, names: Names, places: Places, seen: Seen) -> b
     with collecting_scope(owner):
         mode, _ = tapped_call(owner, names, inputs, form, places.by_number())
     return not mode.uncovered and tuple(site.signature for site in mode.sites) == places.signatures
-
-
-def names_of(site: Site) -> set[str]:
-    """The parameters that a site reads."""
-    return {name for operand in site.operands for name in operand.source.names}
 
 
 def _conv_tap(owner: _ConvNd, layer: Layer, base: dict[str, Any], fresh: bool) -> Tap:

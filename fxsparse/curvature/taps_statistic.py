@@ -8,7 +8,8 @@ of zeros. Backward passes add up there as they do in any gradient. Squares scale
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,24 +18,30 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
+from fxsparse.curvature.dense_storage import check_stored_dense
 from fxsparse.curvature.fisher_batch import read_batch
 from fxsparse.curvature.fisher_scope import collecting_scope
 from fxsparse.curvature.fisher_types import CoupledSamples
 from fxsparse.curvature.groups import Grouping
 from fxsparse.curvature.groups_types import Heads, Reading, groupings_of
+from fxsparse.curvature.operator_checks import check_whole
 from fxsparse.curvature.operator_data import one_output
 from fxsparse.curvature.taps import Taps
 from fxsparse.curvature.taps_gates import gate_taps
 from fxsparse.curvature.taps_layout import Layout
 from fxsparse.curvature.taps_places import Seen, places_of, tap_of
+from fxsparse.curvature.taps_site import names_of
 from fxsparse.errors import ConfigError, DataError
 from fxsparse.graph import capture
+from fxsparse.graph.capture import Refusal
+from fxsparse.graph.guards import NOTHING
 from fxsparse.graph.inputs import split_inputs
 from fxsparse.passes.instrument_fisher import CONTAINER, InstrumentFisher, RemoveFisher, Tap, statistics_of
 from fxsparse.passes.snapshot import graphs_of
 
 GATE = "gate:"
 """What the names of attention gates begin with."""
+_NO_GRAPH = "write that otherwise (`x.shape[0]` for `len(x)`), or use FisherCollector, which needs no graph"
 
 
 @dataclass(eq=False)
@@ -76,16 +83,27 @@ class Instrumented:
         number of ranks, as is the mean over all their samples.
 
         Args:
-            samples: samples of one backward pass on one rank.
+            samples: samples of one backward pass on one rank. Passes of mean losses must have as many samples each;
+                for passes of other sizes take sums of losses, `mean` (=False), `passes` (=1) and the number of samples
+                of all passes here.
             passes: how many backward passes were added up.
             loss_scale: by what the loss was multiplied before (AMP); squares carry its square.
             mean: whether the loss was a mean over the samples; else a sum.
 
         Raises:
+            ConfigError: `samples` or `passes` is no positive integer, or `loss_scale` is not finite or 0.
+            DataError: no backward pass has arrived since `clear`.
             CoupledSamples: a BatchNorm took its statistics from a batch since `clear`, so that no sample had a gradient
                 of its own.
         """
+        _check_count("samples", samples)
+        _check_count("passes", passes)
+        if not math.isfinite(loss_scale) or not loss_scale:
+            raise ConfigError(f"`loss_scale` (={loss_scale!r}) must be finite and not 0")
+        check_stored_dense(self.module)
         self._check_uncoupled()
+        if all(statistic.grad is None for statistic in self.statistics.values()):
+            raise DataError("no backward pass of `module` has arrived since `clear`: run one before `fisher`")
         unscaled = samples**2 if mean else 1
         factor = unscaled / (samples * passes * loss_scale**2)
         found: dict[str, Tensor] = {}
@@ -125,6 +143,11 @@ class Instrumented:
         return RemoveFisher()(self.module).module
 
 
+def _check_count(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"`{name}` (={value!r}) must be an integer of at least 1")
+
+
 def instrument_fisher(
     model: nn.Module,
     example_inputs: Any,
@@ -155,7 +178,10 @@ def instrument_fisher(
         ConfigError: there is nothing to tap, or a declared layout does not fit.
         CoupledSamples: the outputs of one sample depend on the others.
     """
-    captured = capture(model, example_inputs).module
+    check_whole(model)
+    check_stored_dense(model)
+    found_graphs = capture(model, example_inputs)
+    captured = found_graphs.module
     wanted = {
         name: parameter
         for name, parameter in captured.named_parameters()
@@ -167,7 +193,7 @@ def instrument_fisher(
     if not wanted:
         raise ConfigError("the model has no layer to tap: no parameter of it requires gradients")
     seen, readings = _examined(captured, wanted, example_inputs, output)
-    taps, refused = [], {name: "it is read outside of the graphs" for name in wanted}
+    taps, refused = [], _outside(wanted, found_graphs.refusals)
     places = list(places_of(captured, wanted, refused, seen))
     covered = [name for _, names in places for name in names.values()]
     groupings = groupings_of(captured, covered, "auto", heads, readings)
@@ -182,9 +208,23 @@ def instrument_fisher(
             refused.update(made)
     found = gate_taps(captured, example_inputs, GATE) if gates else []
     if not taps and not found:
-        raise ConfigError(f"the model has no layer to tap: {next(iter(refused.items()), 'no parameters')}")
+        name, reason = next(iter(refused.items()))
+        raise ConfigError(f"the model has no layer to tap: `{name}`: {reason}")
     tapped = {name: groupings[name] for tap in taps for name in tap.parameters if name is not None}
     return Instrumented(InstrumentFisher([*taps, *found])(captured).module, refused, tapped)
+
+
+def _outside(wanted: Iterable[str], refusals: Sequence[Refusal]) -> dict[str, str]:
+    """Why each parameter is read outside of the graphs: by the innermost part of the model that stays Python."""
+    found = {}
+    for name in wanted:
+        around = [each for each in refusals if not each.path or name.startswith(each.path + ".")]
+        cause = max(around, key=lambda each: len(each.path), default=None)
+        found[name] = "it is read outside of the graphs"
+        if cause is not None:
+            mend = _NO_GRAPH if cause.mend == NOTHING else cause.mend
+            found[name] += f": `{cause.path or 'the model'}` stays Python: {cause.reason}; {mend}"
+    return found
 
 
 def _examined(
@@ -213,17 +253,21 @@ def _examined(
     taps = Noted(module, every, output)
     calls: dict[int, tuple[list[Any], Any]] = {}
     with collecting_scope(module):
-        try:
-            taps.examine(batch)
-            few = taps.evidence[0]
-            with _noted_calls(module, calls), torch.no_grad():
-                args, kwargs = few.fresh()
-                module(*args, **kwargs)
-        except DataError as error:
-            if "`output`" not in str(error):
-                raise
-            return Seen(), {}  # outputs that are no tensor tell nothing of the samples
-    return Seen(taps.refused, **noted, calls=calls), taps.readings
+        taps.examine(batch)
+        few = taps.evidence[0]
+        with _noted_calls(module, calls), torch.no_grad():
+            args, kwargs = few.fresh()
+            module(*args, **kwargs)
+    refused = dict(taps.refused)
+    for site in noted.get("sites", ()):
+        reason = None
+        if site.moved or site.read:
+            reason = f"at `{site.what}` values of the inputs tell where samples lie, which no tap can follow"
+        elif site.number in taps.unsure:
+            reason = f"no gradients of two example samples reach `{site.what}`, which would tell where samples lie"
+        if reason is not None:
+            refused = {**dict.fromkeys(names_of(site), reason), **refused}
+    return Seen(refused, **noted, calls=calls), taps.readings
 
 
 @contextlib.contextmanager

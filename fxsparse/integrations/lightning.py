@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from fxsparse.errors import ConfigError
@@ -29,7 +30,8 @@ class SparseTraining(Callback):
     The module holds a model with masks, `self.net = fxsparse.transform(net, (example,))`, or is one. Automatic and
     manual optimization, accumulation, precision plugins and DDP work as in `fxsparse.attach`. Checkpoints hold what the
     method needs: `trainer.fit(module, ckpt_path=...)` goes on bit for bit. A second `fit` with the same callback goes
-    on where the first ended.
+    on where the first ended. The averaged models of Lightning's own callbacks (`WeightAveraging`, `EMAWeightAveraging`,
+    `StochasticWeightAveraging`) follow, in any order of the callbacks.
 
     Args:
         method: A frozen method, such as `RigL(sparsity=0.9)`.
@@ -55,12 +57,15 @@ class SparseTraining(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Before a checkpoint is loaded."""
         if stage == "fit":
-            make_loadable(pl_module, self.method)
+            for model in (pl_module, *_averages(trainer)):
+                make_loadable(model, self.method)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach: the optimizers are there, and the checkpoint's weights and masks."""
         optimizer = _optimizer(trainer.optimizers, pl_module)
         self.handle = attach(pl_module, optimizer, self.method, self._steps(trainer), state=self._state)
+        for average in _averages(trainer):
+            self.handle.follow(average)
         self._logged = self.handle.updates
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *arguments: Any) -> None:
@@ -73,9 +78,11 @@ class SparseTraining(Callback):
         pl_module.log("sparsity", torch.tensor(1 - alive / sum(mask.numel() for mask in masks)))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the optimizer; a further fit goes on from here."""
+        """Let go of the optimizer; a further fit goes on from here. Dead weights are zero, whoever wrote them last."""
         if stage == "fit":
             self._detach()
+            for weight in masked_weights(pl_module).values():
+                weight.apply_()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let go of the optimizer of a fit that failed."""
@@ -101,6 +108,13 @@ class SparseTraining(Callback):
         if self.handle is not None and self.handle.attached:
             self._state = self.handle.state_dict()
             self.handle.detach()
+
+
+def _averages(trainer: Trainer) -> list[nn.Module]:
+    """The averaged copies that other callbacks keep of the module."""
+    every: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # the Trainer's own list
+    found = [getattr(callback, "_average_model", None) for callback in every]
+    return [average for average in found if isinstance(average, nn.Module)]
 
 
 def _optimizer(optimizers: list[Optimizer], module: LightningModule) -> Optimizer:

@@ -17,6 +17,7 @@ from fxsparse.lottery.model_state import ModelState
 from fxsparse.lottery.ticket import Ticket, load_ticket
 from fxsparse.lottery.ticket_file import FORMAT, VERSION, rule_row, tensor_row, write_ticket
 from fxsparse.nn import masked_weights
+from fxsparse.nn.sharded import check_whole
 from fxsparse.sparsity import Mask
 
 
@@ -54,10 +55,11 @@ def save_ticket(
         the ticket, read back and checked.
 
     Raises:
-        ConfigError: the model has no masks.
+        ConfigError: the model has no masks, or is spread over ranks.
         TicketError: values are missing, of another shape or not finite, or the path exists or cannot be written.
     """
     state = ModelState.of(model)
+    check_whole(model)
     masked = masked_weights(model)
     masks = {name: Mask(weight.mask.detach().cpu().clone()) for name, weight in masked.items()}
     if not masks:

@@ -98,6 +98,11 @@ def accelerate(
     """
     if not isinstance(mode, FastMode):
         raise ConfigError(f"`mode` (={mode!r}) must be a FastMode such as FastMode.AUTO")
+    _check_module(model)
+    if sparse_threshold is not None and (
+        isinstance(sparse_threshold, bool) or not isinstance(sparse_threshold, int | float)
+    ):
+        raise ConfigError(f"`sparse_threshold` (={sparse_threshold!r}) must be a number in [0, 1], or None")
     if sparse_threshold is not None and not (0 <= sparse_threshold <= 1 and mode is FastMode.AUTO):
         raise ConfigError(f"`sparse_threshold` (={sparse_threshold}) must be in [0, 1], for FastMode.AUTO (={mode})")
     if mode is FastMode.TRITON and not shared_triton.INSTALLED:
@@ -122,14 +127,23 @@ def decelerate(model: nn.Module) -> None:
     """Undo `accelerate`.
 
     Raises:
-        ConfigError: weights are stored alive only.
+        ConfigError: weights are stored alive only. Nothing has changed then.
     """
+    _check_module(model)
+    packed = [name for name, module in model.named_modules() if (path := path_of(module)) is not None and path.packed]
+    if packed:
+        raise ConfigError(f"`{packed[0]}` stores its alive weights only; call restore_dense(handle) first")
     for module in model.modules():
         close_path(module)
 
 
 def fast_report(model: nn.Module) -> FastReport:
-    """What every layer with a fast path does."""
+    """What every layer with a fast path does.
+
+    Raises:
+        ConfigError: not a module.
+    """
+    _check_module(model)
     layers = []
     for name, module in model.named_modules():
         path = path_of(module)
@@ -137,6 +151,11 @@ def fast_report(model: nn.Module) -> FastReport:
             path.refresh(module)
             layers.append(_row(name, module, path))
     return FastReport(tuple(layers))
+
+
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"`model` (={model!r}) must be a torch.nn.Module")
 
 
 def _row(name: str, module: nn.Module, path: SharedPath) -> FastLayer:

@@ -13,6 +13,7 @@ from fxsparse.errors import ConfigError, PassError
 from fxsparse.graph import isolated_clone, specialisation
 from fxsparse.graph.scopes import collector_paused
 from fxsparse.nn import MaskedWeight, SparseModule, mask_spec, masked_weights
+from fxsparse.nn.sharded import check_whole
 from fxsparse.passes import FoldMasks, Verify
 from fxsparse.planning.equality import Equality, release_masks
 from fxsparse.planning.planner import UNIFORM, UNSTRUCTURED, Options, decide
@@ -98,7 +99,7 @@ def finalize(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         The dense model: the original parameter names, no masks.
 
     Raises:
-        ConfigError: the model has no masks.
+        ConfigError: the model has no masks, or is spread over ranks.
         PassError: a module is in a resurrection phase, or dead entries of a weight masked at the parameter are not
             zero.
     """
@@ -106,6 +107,7 @@ def finalize(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         raise ConfigError(f"`model` (={type(model).__name__}) must be a torch.nn.Module")
     if not masked_weights(model):
         raise ConfigError(f"`model` (={type(model).__name__}) has no masks to fold; transform it first")
+    check_whole(model)
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     source = model if inplace else isolated_clone(model, copied=names)
     if isinstance(source, SparseModule):  # the root itself cannot be replaced by a pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 
 from fxsparse.errors import ConfigError
 
@@ -28,6 +29,18 @@ def check_count(value: int, name: str, minimum: int) -> None:
     """Raise ConfigError unless `value` is an integer of at least `minimum`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ConfigError(f"`{name}` (={value!r}) must be an integer of at least {minimum}")
+
+
+def check_step(value: object, name: str) -> None:
+    """Raise ConfigError unless `value` is an integer."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ConfigError(f"`{name}` (={value!r}) must be a step, an integer")
+
+
+def check_steps(value: object, name: str) -> None:
+    """Raise ConfigError unless `value` counts steps: an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1:
+        raise ConfigError(f"`{name}` (={value!r}) must be at least 1 step, an integer")
 
 
 def dead_count(n: int, sparsity: float) -> int:

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 from fxsparse.errors import ConfigError
-from fxsparse.sparsity.counts import check_fraction, check_sparsity
+from fxsparse.sparsity.counts import check_fraction, check_sparsity, check_step, check_steps
 
 
 def progress(step: int, start: int, end: int) -> float:
@@ -23,6 +23,8 @@ def progress(step: int, start: int, end: int) -> float:
 
 
 def _check_span(start: int, end: int) -> None:
+    check_step(start, "start")
+    check_step(end, "end")
     if not 0 <= start <= end:
         raise ConfigError(f"`start` (={start}) and `end` (={end}) must be steps with 0 <= start <= end")
 
@@ -273,8 +275,7 @@ class UpdateSteps:
 
     def __post_init__(self) -> None:
         _check_span(self.start, self.end)
-        if self.every < 1:
-            raise ConfigError(f"`every` (={self.every}) must be at least 1 step")
+        check_steps(self.every, "every")
 
     def __call__(self, step: int) -> bool:
         """Whether masks are updated after this many completed optimizer steps."""

@@ -97,7 +97,12 @@ def store_alive(handle: Handle) -> StorageReport:
 
 
 def restore_dense(handle: Handle) -> None:
-    """Undo `store_alive`: dense weights, gradients and optimizer state, zero at dead entries, and masks beside them."""
+    """Undo `store_alive`: dense weights, gradients and optimizer state, zero at dead entries, and masks beside them.
+
+    Raises:
+        ConfigError: not a handle.
+    """
+    _check_handle(handle)
     for weight in handle.masked.values():
         path, parameter = path_of(weight.owners[0][0]), weight.weight
         if path is None or not path.packed:
@@ -123,9 +128,13 @@ def _shaped(optimizer: Optimizer, parameter: Tensor, shape: torch.Size) -> dict[
     return {key: value for key, value in state.items() if isinstance(value, Tensor) and value.shape == shape}
 
 
-def _check(handle: object) -> None:
+def _check_handle(handle: object) -> None:
     if not isinstance(handle, Handle):
         raise ConfigError(f"`handle` (={type(handle).__name__}) must be what fxsparse.attach returned")
+
+
+def _check(handle: Handle) -> None:
+    _check_handle(handle)
     if type(handle) is not Handle:
         raise ConfigError(f"{type(handle.method).__name__} trains dead weights too; store all of them")
     if not handle.attached:

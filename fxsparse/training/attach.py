@@ -7,13 +7,15 @@ import gc
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxsparse.errors import ConfigError
 from fxsparse.nn import MaskedWeight, masked_weights
 from fxsparse.nn.slot import MaskSlot, slots_of
-from fxsparse.training.distributed import check_sharding, unwrap
+from fxsparse.sparsity.counts import check_steps
+from fxsparse.sparsity.pattern import Pattern
+from fxsparse.training.distributed import agreed, check_sharding, reshard, unwrap
 from fxsparse.training.handle import Handle, handle_of, handles
 from fxsparse.training.initial import initial_masks, pattern_of, start_from
 from fxsparse.training.optimizer_state import check_optimizer, inner_optimizer, zero_state_
@@ -50,24 +52,14 @@ def attach(
     Raises:
         ConfigError: no masks, a masked weight that the optimizer does not hold or that another handle drives, an
             optimizer that cannot follow masks, a pattern or sparsity that the method or a weight excludes, a state of
-            another method or length. Nothing has changed then.
+            another method or length or a damaged one. Of several ranks all raise, where one must. Nothing has changed
+            then.
     """
-    if not isinstance(method, Method):
-        raise ConfigError(f"`method` (={method!r}) must be a fxsparse method such as RigL(sparsity=0.9)")
-    if total_steps is not None and (isinstance(total_steps, bool) or total_steps < 1):
-        raise ConfigError(f"`total_steps` (={total_steps}) must be at least 1 optimizer step")
-    optimizer = inner_optimizer(optimizer)
-    check_optimizer(optimizer)
-    weights = masked_weights(unwrap(model))
-    check_sharding(model, weights, method, total_steps)
-    if not weights:
-        raise ConfigError(f"`model` (={type(model).__name__}) has no masks; call fxsparse.transform on it first")
-    _check_free(optimizer, weights)
-    _check_held(weights, optimizer)
-    timed = method.timed(total_steps)
+    optimizer, weights = agreed(lambda: _checked(model, optimizer, method, total_steps, state), model)
+    check_sharding(model, weights, method, total_steps, state)
     if state is not None:
-        return _resumed(timed, model, optimizer, total_steps, state)
-    masks, patterns = initial_masks(timed, weights), {name: pattern_of(timed, each) for name, each in weights.items()}
+        return _resumed(model, optimizer, method, total_steps, state)
+    timed, masks, patterns = agreed(lambda: _begun(weights, method, total_steps), model)
     start_from(weights, masks, patterns)
     for masked in weights.values():
         zero_state_(optimizer, masked.weight, ~masked.mask)
@@ -85,24 +77,61 @@ def make_loadable(model: nn.Module, method: Method) -> None:
         method.install(masked)
 
 
-def _resumed(
-    method: Method, model: nn.Module, optimizer: Optimizer, total_steps: int | None, state: Mapping[str, Any]
-) -> Handle:
+def _checked(
+    model: nn.Module, optimizer: Any, method: object, total_steps: object, state: object
+) -> tuple[Optimizer, dict[str, MaskedWeight]]:
+    """The optimizer inside its wrappers and the masked weights, after everything that this rank can see by itself."""
+    if not isinstance(method, Method):
+        raise ConfigError(f"`method` (={method!r}) must be a fxsparse method such as RigL(sparsity=0.9)")
+    if total_steps is not None:
+        check_steps(total_steps, "total_steps")
+    if state is not None and not isinstance(state, Mapping):
+        raise ConfigError(f"`state` (={state!r}) must be what Handle.state_dict() returned")
+    optimizer = inner_optimizer(optimizer)
+    check_optimizer(optimizer)
+    if isinstance(model, nn.Module):
+        reshard(model)  # the optimizer holds the parts
     weights = masked_weights(unwrap(model))
-    before = {id(slot): (slot, slot.spec) for weight in weights.values() for slot in _slots(weight)}
-    for masked in weights.values():
-        pattern = pattern_of(method, masked)
-        for slot in _slots(masked):
-            slot.spec = dataclasses.replace(slot.spec, pattern=pattern)
-    handle = method.handle(model, optimizer, total_steps)
+    if not weights:
+        raise ConfigError(f"`model` (={type(model).__name__}) has no masks; call fxsparse.transform on it first")
+    _check_free(optimizer, weights)
+    _check_held(weights, optimizer)
+    return optimizer, weights
+
+
+def _begun(
+    weights: Mapping[str, MaskedWeight], method: Method, total_steps: int | None
+) -> tuple[Method, dict[str, Tensor], dict[str, Pattern]]:
+    timed = method.timed(total_steps)
+    return timed, initial_masks(timed, weights), {name: pattern_of(timed, each) for name, each in weights.items()}
+
+
+def _resumed(
+    model: nn.Module, optimizer: Optimizer, method: Method, total_steps: int | None, state: Mapping[str, Any]
+) -> Handle:
+    """A handle that goes on, or none at all: where anything fails on any rank, all of it is undone."""
+    weights = masked_weights(unwrap(model))
+    specs = [(slot, slot.spec) for weight in weights.values() for slot in _slots(weight)]
+    begun: list[Handle] = []
+
+    def resume() -> None:
+        timed = method.timed(total_steps)
+        for masked in weights.values():
+            pattern = pattern_of(timed, masked)
+            for slot in _slots(masked):
+                slot.spec = dataclasses.replace(slot.spec, pattern=pattern)
+        begun.append(timed.handle(model, optimizer, total_steps))
+        begun[0].load_state_dict(state)
+
     try:
-        handle.load_state_dict(dict(state))
-    except ConfigError:
-        Handle.detach(handle)  # of any kind: what a phase holds in the model stays
-        for slot, spec in before.values():
+        agreed(resume, model)
+    except BaseException:
+        for handle in begun:
+            handle.withdraw()
+        for slot, spec in specs:
             slot.spec = spec
         raise
-    return handle
+    return begun[0]
 
 
 def _slots(weight: MaskedWeight) -> list[MaskSlot]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import sys
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +22,9 @@ from fxsparse.nn.sharded import is_sharded
 from fxsparse.sparsity.mask import Mask, MaskSet
 from fxsparse.training.gradients import Gradient, dense_of
 from fxsparse.training.updater import Method
+
+_Made = TypeVar("_Made")
+_TOLD = 1024  # bytes of a message to other ranks
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -44,10 +50,14 @@ def check_not_sharded(model: nn.Module) -> None:
 
 
 def check_sharding(
-    model: nn.Module, weights: Mapping[str, MaskedWeight], method: Method, total_steps: int | None = None
+    model: nn.Module,
+    weights: Mapping[str, MaskedWeight],
+    method: Method,
+    total_steps: int | None = None,
+    state: Mapping[str, Any] | None = None,
 ) -> None:
     """Raise ConfigError for ranks that do not train one model alike, or sharded weights that cannot be trained."""
-    check_same_model(weights, method, total_steps, process_group(model))
+    check_same_model(weights, method, total_steps, process_group(model), state)
     reshard(model)
     sharded = [name for name, weight in weights.items() if is_sharded(weight.weight)]
     if not sharded:
@@ -59,6 +69,38 @@ def check_sharding(
     for name in sharded:
         if weights[name].packed:
             raise ConfigError(f"`{name}` is stored alive only and sharded; call restore_dense before fully_shard")
+
+
+def agreed(work: Callable[[], _Made], model: object) -> _Made:
+    """What every rank makes by itself; where one of them fails, all of them raise.
+
+    Args:
+        work: Talks to no other rank.
+        model: The model that all of them train.
+
+    Raises:
+        ConfigError: another rank failed; the message has what it said.
+    """
+    inner = model if isinstance(model, nn.Module) else nn.Module()
+    group = process_group(inner)
+    if group is None:
+        return work()
+    made, failure = [], None
+    try:
+        made.append(work())
+    except Exception as error:
+        failure = error
+    device = next((each.device for each in inner.parameters()), torch.device("cpu"))
+    told = b"" if failure is None else f"{type(failure).__name__}: {failure}".encode()[:_TOLD]
+    own = torch.zeros(_TOLD, dtype=torch.uint8)
+    own[: len(told)] = torch.frombuffer(bytearray(told), dtype=torch.uint8) if told else own[:0]
+    every = [bytes(each.tolist()).rstrip(b"\0").decode(errors="ignore") for each in _gathered(own.to(device), group)]
+    if failure is not None:
+        raise failure
+    for rank, message in enumerate(every):
+        if message:
+            raise ConfigError(f"rank {rank} cannot go on, so this one (={dist.get_rank(group)}) does not: {message}")
+    return made[0]
 
 
 def reshard(model: nn.Module) -> None:
@@ -77,6 +119,38 @@ def process_group(model: nn.Module) -> dist.ProcessGroup | None:
         return None
     group = next((m.process_group for m in model.modules() if isinstance(m, DistributedDataParallel)), dist.group.WORLD)
     return group if group is not None and dist.get_world_size(group) > 1 else None
+
+
+class Wrapper:
+    """The DistributedDataParallel around a model, also one that was made after the model was given.
+
+    Args:
+        model: The model, in the wrapper or not.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+        self._found: weakref.ref[DistributedDataParallel] | None = None
+        self._looked = False
+
+    def joins(self) -> bool:
+        """Whether it runs in a `Join` context, where ranks end at different steps."""
+        if not self._looked and dist.is_available() and dist.is_initialized():
+            self._looked, found = True, self._find()
+            self._found = None if found is None else weakref.ref(found)
+        wrapper = None if self._found is None else self._found()
+        return bool(getattr(getattr(wrapper, "_join_config", None), "enable", False))
+
+    def _find(self) -> DistributedDataParallel | None:
+        model = self._model()
+        if model is None or process_group(model) is None:
+            return None
+        for module in model.modules():
+            if isinstance(module, DistributedDataParallel):
+                return module
+        inner = unwrap(model)
+        every = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
+        return next((each for each in every if any(module is inner for module in each.modules())), None)
 
 
 @torch.no_grad()
@@ -133,17 +207,24 @@ def masks_digest(masks: Mapping[str, Bool[Tensor, "*shape"]]) -> int:
 
 
 def check_same_model(
-    weights: Mapping[str, MaskedWeight], method: Method, total_steps: int | None, group: dist.ProcessGroup | None
+    weights: Mapping[str, MaskedWeight],
+    method: Method,
+    total_steps: int | None,
+    group: dist.ProcessGroup | None,
+    state: Mapping[str, Any] | None = None,
 ) -> None:
-    """Raise ConfigError, on every rank, where ranks have other masked weights, another method or another length."""
+    """Raise ConfigError, on every rank, where ranks have other masked weights, methods, lengths or states."""
     if group is None:
         return
     described = [(w.name, tuple(w.shape), str(w.weight.dtype), repr(w.spec.pattern)) for w in weights.values()]
     length = -1 if total_steps is None else total_steps
+    moment = None if state is None else [state.get(key) for key in ("method", "step", "updates", "masks")]
     device = next((w.weight.device for w in weights.values()), torch.device("cpu"))
-    own = torch.tensor([_hashed(described), _hashed(method), length], dtype=torch.int64, device=device)
-    every = [each.tolist() for each in _gathered(own, group)]
-    model_differs, method_differs, length_differs = (len(set(values)) > 1 for values in zip(*every, strict=True))
+    hashes = [_hashed(described), _hashed(method), length, _hashed(moment)]
+    every = [each.tolist() for each in _gathered(torch.tensor(hashes, dtype=torch.int64, device=device), group)]
+    model_differs, method_differs, length_differs, state_differs = (
+        len(set(values)) > 1 for values in zip(*every, strict=True)
+    )
     if model_differs:
         raise ConfigError(
             f"`model` has other masked weights on other ranks (here {len(described)}: names, shapes, types and "
@@ -156,6 +237,11 @@ def check_same_model(
         raise ConfigError(
             f"`total_steps` (={total_steps}) differs between ranks (={lengths}), as where ranks have different amounts "
             "of data; take as many steps on every rank, as DistributedSampler gives"
+        )
+    if state_differs:
+        raise ConfigError(
+            f"`state` (={'none' if moment is None else f'of step {moment[1]}'}) is another one on other ranks; give "
+            "every rank what one of them saved"
         )
 
 

@@ -7,7 +7,7 @@ import functools
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,8 @@ from torch.utils.hooks import RemovableHandle
 from fxsparse.errors import ConfigError, DataError, FxSparseError
 from fxsparse.nn import MaskedWeight, masked_weights
 from fxsparse.nn.sharded import fill_zeros_
-from fxsparse.sparsity.counts import Target
 from fxsparse.sparsity.mask import Mask
+from fxsparse.training.averages import copy_masks
 from fxsparse.training.distributed import check_equal_masks, check_shapes_stay, masks_digest, process_group, unwrap
 from fxsparse.training.gradients import GradientWindow, step_factors
 from fxsparse.training.grown import Zero
@@ -28,6 +28,7 @@ from fxsparse.training.live_state import Later, States, live_state, step_gradien
 from fxsparse.training.optimizer_state import StateMover, reset_state_
 from fxsparse.training.packed_gradient import all_finite
 from fxsparse.training.records import Coverage, UpdateRecord, UpdateReport
+from fxsparse.training.saved_state import PARTS, VERSION, SavedState, sealed
 from fxsparse.training.state import WeightState
 from fxsparse.training.step_hooks import StepHooks
 from fxsparse.training.updater import Method
@@ -69,6 +70,8 @@ class Handle(StepHooks):
         updates: Mask updates so far.
     """
 
+    _parts: ClassVar[frozenset[str]] = PARTS
+
     def __init__(self, model: nn.Module, optimizer: Optimizer, method: Method, total_steps: int | None) -> None:
         self.model, self.optimizer, self.method, self.total_steps = model, optimizer, method, total_steps
         self.step = self.updates = 0
@@ -105,6 +108,13 @@ class Handle(StepHooks):
 
     def detach(self) -> None:
         """Stop: the masks stay as they are, dead weights stay zero as long as nothing writes them."""
+        self._let_go()
+
+    def withdraw(self) -> None:
+        """Take back an attach that failed: what a phase holds in the model stays."""
+        self._let_go()
+
+    def _let_go(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -114,7 +124,8 @@ class Handle(StepHooks):
     def follow(self, average_model: nn.Module) -> None:
         """Keep a weight-averaged copy of the model (EMA, SWA) under the same masks after each update.
 
-        Dead entries of its weights become zero and grown ones start at zero.
+        Dead entries of its weights become zero and grown ones start at zero. An `AveragedModel` with `use_buffers`
+        copies masks from now on, instead of averaging them.
 
         Args:
             average_model: An `AveragedModel`, or any copy of the model with the same masked weights.
@@ -128,6 +139,7 @@ class Handle(StepHooks):
         if shapes != expected:
             name = next(name for name in {**expected, **shapes} if shapes.get(name) != expected.get(name))
             raise ConfigError(f"`average_model` does not match the model at `{name}`; make it a copy of this model")
+        copy_masks(average_model)
         self._followers.append(average_model)
         self._lead()
 
@@ -136,44 +148,43 @@ class Handle(StepHooks):
         return UpdateReport(tuple(self._records), self._coverage.rows())
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the model's and the optimizer's `state_dict` do not hold; loads with `weights_only=True`."""
+        """Everything that the model's and the optimizer's `state_dict` do not hold; loads with `weights_only=True`.
+
+        The keys are the same at every step: `torch.distributed.checkpoint` saves and loads it as any other.
+        """
+        explored = self._coverage.copy()
+        explored.see(self._masks())  # those that `set_masks` wrote since the last update, too
         return {
-            "version": 2,
+            "version": VERSION,
             "method": repr(self.method),
             "step": self.step,
             "updates": self.updates,
             "masks": masks_digest(self._masks()),
             "records": [dataclasses.astuple(record) for record in self._records],
-            "explored": self._coverage.state_dict(),
-            "memory": {name: {key: kept.clone() for key, kept in each.items()} for name, each in self._memory.items()},
+            "explored": sealed(explored.state_dict()),
+            "memory": sealed(self._memory),
             "targets": {n: None if t is None else [t.sparsity, t.alive] for n, t in self._targets.items()},
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on where a saved handle was; load the model's and the optimizer's state too, in any order.
 
         Raises:
-            ConfigError: the state is of another method or another length of training. Nothing has changed then.
+            ConfigError: the state is of another method or another length of training, or a part of it is missing or
+                does not fit the model. Nothing has changed then.
         """
-        missing = sorted(self.state_dict().keys() - state_dict.keys())
-        if missing:
-            raise ConfigError(f"`state_dict` lacks {', '.join(missing)}; give it what Handle.state_dict() returned")
-        if state_dict["version"] != 2 or state_dict["method"] != repr(self.method):
-            raise ConfigError(
-                f"`state_dict` (={state_dict['method']}, version {state_dict['version']}) is not of this handle "
-                f"(={self.method!r}, version 2); attach with the same method and total_steps"
-            )
-        self.step, self.updates = state_dict["step"], state_dict["updates"]
-        self._records = [UpdateRecord(*record) for record in state_dict["records"]]
-        self._expected = state_dict["masks"]
-        self._coverage.load_state_dict(state_dict["explored"])
-        self._memory = {
-            name: {key: kept.to(self._weights[name].weight.device, copy=True) for key, kept in each.items()}
-            for name, each in state_dict["memory"].items()
-        }
-        self._targets = {n: None if t is None else Target(*t) for n, t in state_dict["targets"].items()}
+        self._assign(SavedState.read(state_dict, self._parts, self.method, self._weights))
         self._clear()
         self._watch()
+
+    def _assign(self, saved: SavedState) -> None:
+        self.step, self.updates, self._expected = saved.step, saved.updates, saved.masks
+        self._records, self._targets = list(saved.records), dict(saved.targets)
+        self._coverage.load_state_dict(saved.explored)
+        self._memory = {
+            name: {key: kept.to(self._weights[name].weight.device, copy=True) for key, kept in each.items()}
+            for name, each in saved.memory.items()
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         own = {

@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 
 from fxsparse.errors import ConfigError
 from fxsparse.nn import MaskedWeight
-from fxsparse.training.distributed import unwrap
+from fxsparse.sparsity import SharedSupport
+from fxsparse.training.distributed import Wrapper, unwrap
 
 _MEND = "detach() the handle and attach again with an optimizer of the parameters that the model has now"
 
@@ -22,6 +23,7 @@ class Held:
     weights: Mapping[str, MaskedWeight]
     parameters: Mapping[str, nn.Parameter]
     places: Mapping[str, nn.Module]
+    wrapper: Wrapper
 
     @staticmethod
     def of(model: nn.Module, weights: Mapping[str, MaskedWeight]) -> Held:
@@ -32,10 +34,16 @@ class Held:
             weights,
             {name: masked.weight for name, masked in weights.items()},
             {path: inner.get_submodule(path) for path in sorted(paths)},
+            Wrapper(model),
         )
 
     def check(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Raise ConfigError where model or optimizer hold other parameters, or the latter another storage's state."""
+        if self.wrapper.joins():
+            raise ConfigError(
+                "the model runs in torch.distributed.algorithms.Join, and ranks that have joined take no part in mask "
+                "updates; leave Join out and give every rank as many batches, as DistributedSampler does"
+            )
         inner = unwrap(model)
         for path, module in self.places.items():
             if _submodule(inner, path) is not module:
@@ -48,16 +56,27 @@ class Held:
                 raise ConfigError(f"the parameter `{name}` was replaced after attach; {_MEND}")
             if id(parameter) not in held:
                 raise ConfigError(f"`optimizer` (={type(optimizer).__name__}) holds `{name}` no more; {_MEND}")
-            if self.weights[name].packed:
-                _check_state(name, parameter, optimizer)
+            _check_state(self.weights[name], parameter, optimizer)
 
 
-def _check_state(name: str, parameter: nn.Parameter, optimizer: Optimizer) -> None:
+def _check_state(weight: MaskedWeight, parameter: nn.Parameter, optimizer: Optimizer) -> None:
+    pattern, packed = weight.spec.pattern, weight.packed
+    if not isinstance(pattern, SharedSupport):
+        return
     for key, value in optimizer.state.get(parameter, {}).items():
-        if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+        if not isinstance(value, Tensor) or value.ndim == 0 or value.shape == parameter.shape:
+            continue
+        told = f"the optimizer's `{key}` of `{weight.name}` (={tuple(value.shape)}) is not stored as the weight is"
+        if packed:
             raise ConfigError(
-                f"the optimizer's `{key}` of `{name}` (={tuple(value.shape)}) is not stored as the weight is "
-                f"(={tuple(parameter.shape)}, alive entries only): load a state of dense storage before `store_alive`"
+                f"{told} (={tuple(parameter.shape)}, alive entries only): load a state of dense storage before "
+                "`store_alive`"
+            )
+        rows, group = parameter.shape[0], min(pattern.group, parameter.shape[0])
+        if value.ndim > 2 and tuple(value.shape[:2]) == (-(-rows // group), group):
+            raise ConfigError(
+                f"{told} (={tuple(parameter.shape)}) but alive entries only: load such a state after `store_alive`, "
+                "and call `restore_dense` then"
             )
 
 

@@ -10,8 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fxsparse.errors import ConfigError
 from fxsparse.sparsity.counts import check_fraction
 from fxsparse.training.drop_grow import DropGrow
+from fxsparse.training.saved_state import check_tensor
 from fxsparse.training.state import WeightState
 
 _EPSILON = 1e-8
@@ -54,6 +56,17 @@ class Smoothed(DropGrow):
             return {"m": self.beta * old.get("m", torch.zeros_like(g)) + (1 - self.beta) * g}
         damped = 1 - float(state.options.get("dampening", 0))
         return {"m": momentum * old["m"] + damped * g if "m" in old else g}
+
+    def check_memory(
+        self, step: int, memory: Mapping[str, Mapping[str, Tensor]], shapes: Mapping[str, torch.Size]
+    ) -> None:
+        """After the first step there is an m, and every m and v has the shape of its weight."""
+        kind = type(self).__name__
+        if step > 0 and self.watches(1) and not any("m" in each for each in memory.values()):
+            raise ConfigError(f"`memory` of the state lacks the averaged gradients that {kind} keeps; save it whole")
+        for name, each in memory.items():
+            for key, kept in each.items():
+                check_tensor(f"memory[{name}][{key}]", kept, shapes[name])
 
 
 def smooth_of(state: WeightState) -> Float[Tensor, "*shape"]:

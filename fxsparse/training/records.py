@@ -68,6 +68,12 @@ class Coverage:
                 self._write(name, torch.ones_like(mask) if self._begun else mask)
         self._begun = True
 
+    def copy(self) -> Coverage:
+        """The same, to go another way."""
+        other = Coverage()
+        other._ever, other._begun = dict(self._ever), self._begun
+        return other
+
     def of(self, name: str, mask: Tensor) -> Bool[Tensor, "*shape"]:
         """Which elements of a weight were ever alive."""
         return self._read(name).to(mask.device) if name in self._ever else mask

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Self
 
+import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -25,6 +26,7 @@ from fxsparse.training.resu_phases import Cycle, Lengths, Phase, Timeline, cycle
 from fxsparse.training.resu_subset import AllDead, Subset, TopGradient
 from fxsparse.training.resu_theta import Selective, ThetaAdamW, ThetaRule
 from fxsparse.training.resu_tournament import reserved, tournament
+from fxsparse.training.saved_state import check_tensor
 from fxsparse.training.state import WeightState
 from fxsparse.training.updater import Method
 
@@ -279,6 +281,17 @@ class RESU(Method):
         before = state.memory.get("gradient")
         gradient = state.gradient.clone() if before is None else before + state.gradient
         return {**state.memory, "gradient": gradient}
+
+    def check_memory(
+        self, step: int, memory: Mapping[str, Mapping[str, Tensor]], shapes: Mapping[str, torch.Size]
+    ) -> None:
+        """From the first watched step on there are sums until the phase ends, each of the shape of its weight."""
+        summing = self.watches(step) and not self.timeline.events(step)
+        if summing and not any("gradient" in each for each in memory.values()):
+            raise ConfigError("`memory` of the state lacks the sums of gradients that RESU keeps; save it whole")
+        for name, each in memory.items():
+            for key, kept in each.items():
+                check_tensor(f"memory[{name}][{key}]", kept, shapes[name])
 
     def regrouped(self, state: WeightState) -> WeightState:
         """Rows change their groups at PRUNE only: T is counted in the groups of its phase."""

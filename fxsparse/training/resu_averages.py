@@ -17,6 +17,11 @@ class Averages:
     def __init__(self) -> None:
         self._held: list[dict[str, Tensor]] = []
 
+    @property
+    def held(self) -> int:
+        """How many copies are remembered."""
+        return len(self._held)
+
     def hold(self, followers: Sequence[nn.Module]) -> None:
         """Remember the weights of all copies."""
         self._held = [
@@ -49,7 +54,8 @@ class Averages:
                     unit.discard()
                 if name in before and index < len(self._held):
                     values = weights[name].dense(weights[name].weight.detach())
-                    copy.write_(torch.where(before[name], self._held[index][name], values))
+                    held = self._held[index][name].to(values)
+                    copy.write_(torch.where(before[name], held, values))
 
     def state_dict(self) -> list[dict[str, Tensor]]:
         """What is held."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Adagrad, Optimizer
 
 from fxsparse.errors import ConfigError, DataError
-from fxsparse.nn import Mode, Resurrection, ThetaInit, masked_weights
+from fxsparse.nn import MaskedWeight, Mode, Resurrection, ThetaInit, masked_weights
 from fxsparse.nn.resu import theta_start
 from fxsparse.nn.select import keep_
+from fxsparse.nn.slot import slots_of
 from fxsparse.sparsity import generator
 from fxsparse.sparsity.mask import Mask
 from fxsparse.training.distributed import masks_digest, process_group, unwrap
@@ -27,10 +28,13 @@ from fxsparse.training.records import UpdateRecord
 from fxsparse.training.resu import RESU
 from fxsparse.training.resu_averages import Averages
 from fxsparse.training.resu_phases import Cycle, Phase
+from fxsparse.training.resu_saved import PARTS as RESU_PARTS
+from fxsparse.training.resu_saved import ResuState
 from fxsparse.training.resu_steps import ThetaSteps
 from fxsparse.training.resu_subset import trained_units
 from fxsparse.training.resu_taps import GradientGate, InputTap
 from fxsparse.training.resu_tournament import ResuRecord, ResuReport
+from fxsparse.training.saved_state import PARTS, SavedState, sealed
 from fxsparse.training.state import WeightState
 
 Pause = Callable[[nn.Module, int], None]
@@ -45,6 +49,8 @@ class ResuHandle(Handle):
     """
 
     method: RESU
+    _units: dict[str, Resurrection]
+    _parts: ClassVar[frozenset[str]] = PARTS | RESU_PARTS
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, method: RESU, total_steps: int | None) -> None:
         self._steps = ThetaSteps(method, optimizer, {})
@@ -90,21 +96,33 @@ class ResuHandle(Handle):
         Raises:
             ConfigError: its masked weights have other names or shapes.
         """
+        awaited = self._averages.held > len(self._followers)  # by a loaded state
         for copy in masked_weights(unwrap(average_model)).values():
             Resurrection(copy)
         super().follow(average_model)
-        if self.phase is Phase.RESU:
+        if self.phase is Phase.RESU and not awaited:
             self._averages.hold(self._followers)
 
     def detach(self) -> None:
         """Stop. In a RESU phase theta is lost: the masks are those before the phase."""
         super().detach()
-        self._gate.close()
-        self._inputs.close()
         for resurrection in self._units.values():
             if resurrection.mode is Mode.RESU:
                 resurrection.discard()
             resurrection.remove()
+        self._units = {}
+
+    def withdraw(self) -> None:
+        """As `Handle.withdraw`; buffers that the attach put into the model are taken off."""
+        super().withdraw()
+        for unit in self._installed:
+            if unit.mode is not Mode.RESU:
+                unit.remove()
+
+    def _let_go(self) -> None:
+        super()._let_go()
+        self._gate.close()
+        self._inputs.close()
 
     def state_dict(self) -> dict[str, Any]:
         """As `Handle.state_dict`, with the phase, theta's optimizer, and what the tournament and the report need."""
@@ -112,36 +130,41 @@ class ResuHandle(Handle):
             **super().state_dict(),
             "phase": self.phase.value,
             "cycle": self.cycle,
-            "theta": self._steps.state_dict(),
-            "scales": dict(self._scales),
-            "revived": {name: each.clone() for name, each in self._revived.items()},
+            "theta": sealed(self._steps.state_dict()),
+            "scales": sealed(self._scales),
+            "revived": sealed(self._revived),
             "resurrections": [dataclasses.astuple(record) for record in self._resurrections],
-            "averages": self._averages.state_dict(),
-            "inputs": self._inputs.state_dict(),
+            "averages": sealed(self._averages.state_dict()),
+            "inputs": sealed(self._inputs.state_dict()),
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As `Handle.load_state_dict`.
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """As `Handle.load_state_dict`; averaged copies that followed the saved handle may follow before or afterwards.
 
         Raises:
-            ConfigError: the state is of another method, another length of training, or lacks a part, or other averages
-                follow. Nothing has changed then.
+            ConfigError: the state is of another method, another length of training, a part of it is missing or does
+                not fit the model, or other averages follow. Nothing has changed then.
         """
-        held = len(state_dict.get("averages", ()))
-        if held not in (0, len(self._followers)):
-            raise ConfigError(f"{held} averaged models followed the saved handle; call follow as often before loading")
-        super().load_state_dict(state_dict)
+        saved = SavedState.read(state_dict, self._parts, self.method, self._weights)
+        own = ResuState.read(state_dict, self._weights)
+        if self._followers and own.averages and len(own.averages) != len(self._followers):
+            raise ConfigError(
+                f"{len(own.averages)} averaged models followed the saved handle; call follow as often, before or after "
+                "loading"
+            )
+        self._assign(saved)
         device = {name: weight.weight.device for name, weight in self._weights.items()}
-        self._steps.load_state_dict(state_dict["theta"])
-        self._scales = dict(state_dict["scales"])
-        self._revived = {name: each.to(device[name], copy=True) for name, each in state_dict["revived"].items()}
-        self._resurrections = [ResuRecord(*record) for record in state_dict["resurrections"]]
-        self._averages.load_state_dict(state_dict["averages"])
-        self._inputs.load_state_dict(state_dict["inputs"], process_group(self.model))
+        self._steps.load_state_dict(own.theta)
+        self._scales, self._resurrections = dict(own.scales), list(own.resurrections)
+        self._revived = {name: each.to(device[name], copy=True) for name, each in own.revived.items()}
+        self._averages.load_state_dict(own.averages)
+        self._inputs.load_state_dict({"seen": own.seen, "sums": own.sums}, process_group(self.model))
+        self._clear()
+        self._watch()
         self._follow_buffers()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"_units", "_gate", "_inputs", "_steps", "_before"}
+        own = {"_units", "_installed", "_gate", "_inputs", "_steps", "_before"}
         kept = {key: value for key, value in super().__getstate__().items() if key not in own}
         return {**kept, "inputs": self._inputs.state_dict(), "theta": self._steps.state_dict()}
 
@@ -159,7 +182,9 @@ class ResuHandle(Handle):
 
     def _start(self, attached: bool = True) -> None:
         weights = masked_weights(unwrap(self.model))
+        had = {name for name, weight in weights.items() if len(_companions(weight)) > 0}
         self._units = {name: Resurrection(weight) for name, weight in weights.items()} if attached else {}
+        self._installed = [unit for name, unit in self._units.items() if name not in had]
         self._gate = GradientGate(self._units)
         self._steps = ThetaSteps(self.method, self.optimizer, self._units)
         self._inputs = InputTap(unwrap(self.model), weights, moments=self.method.refine is not None)
@@ -183,6 +208,11 @@ class ResuHandle(Handle):
 
     def _check_loaded(self) -> None:
         if self._expected is not None:
+            if self._averages.held not in (0, len(self._followers)):
+                raise ConfigError(
+                    f"{self._averages.held} averaged models followed the saved handle; call follow as often before the "
+                    "next step"
+                )
             self._follow_buffers()
             opened = any(unit.mode is Mode.RESU for unit in self._units.values())
             if opened and self.phase is not Phase.RESU:
@@ -378,3 +408,8 @@ class ResuHandle(Handle):
         if dead or before != masks_digest(self._masks()):
             what = f"wrote dead entries of {', '.join(dead)}" if dead else "changed masks"
             raise DataError(f"the callback at the pause of cycle {cycle.index} {what}; it must leave both as they are")
+
+
+def _companions(weight: MaskedWeight) -> tuple[str, ...]:
+    module, attribute = weight.owners[0]
+    return slots_of(module)[attribute].companions

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Self
 
+import torch
 from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -176,6 +177,17 @@ class Method:
     def remember(self, state: WeightState) -> Mapping[str, Tensor]:
         """What to keep of one weight after a step that was watched: tensors that later states carry as `memory`."""
         return state.memory
+
+    def check_memory(
+        self, step: int, memory: Mapping[str, Mapping[str, Tensor]], shapes: Mapping[str, torch.Size]
+    ) -> None:
+        """Raise ConfigError where a saved state brings other tensors than `remember` keeps.
+
+        Args:
+            step: Completed optimizer steps.
+            memory: What the state has, by weight.
+            shapes: The shape of every masked weight.
+        """
 
     def drop_fraction(self, step: int) -> float:
         """Fraction of the alive units that is exchanged."""

@@ -26,7 +26,7 @@ def cross_entropy(z: Tensor, y: Tensor) -> Tensor:
 def rows(model: nn.Module, inputs: tuple[Any, ...], n: int) -> tuple[Tensor, Tensor]:
     """J of sample n [outputs, P] and its z [1, ...]."""
     found, z = jacobian(model, inputs, n)
-    return torch.cat([found[name].flatten(1) for name, _ in model.named_parameters()], 1), z
+    return torch.cat([found[name].reshape(z.numel(), p.numel()) for name, p in model.named_parameters()], 1), z
 
 
 def output_matrix(loss: Loss, z: Tensor, y: Any, kind: str) -> Tensor:

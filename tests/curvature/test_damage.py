@@ -189,6 +189,23 @@ def test_scaling_by_fisher() -> None:
         scale_by_fisher(g, f, 1.0, absolute=-1.0)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"alpha": math.nan}, {"alpha": math.inf}, {"relative": math.nan}, {"absolute": math.nan}, {"absolute": math.inf}],
+)
+def test_scaling_by_what_is_no_number(options: dict[str, float]) -> None:
+    one = {"w": torch.ones(2)}
+    with pytest.raises(ConfigError, match=f"`{next(iter(options))}`"):
+        scale_by_fisher(one, one, **options)
+
+
+@pytest.mark.parametrize("weights", [[1.0, math.nan], [math.inf, 1.0]])
+def test_merging_with_weights_that_are_no_numbers(weights: list[float]) -> None:
+    one = {"w": torch.ones(2)}
+    with pytest.raises(ConfigError, match="`weights`"):
+        fisher_weighted_merge([one, one], [one, one], weights)
+
+
 def test_ewc_golden_and_gradient() -> None:
     model = nn.Linear(2, 1, bias=False).double()
     ewc = EWC(2.0)
@@ -234,6 +251,27 @@ def test_online_ewc_keeps_one_anchor_and_a_decaying_fisher() -> None:
     other = EWC(2.0, online=True, decay=0.5)
     other.load_state_dict(ewc.state_dict())
     assert torch.equal(other.penalty(model), ewc.penalty(model))
+
+
+def test_ewc_holds_every_parameter_that_is_not_free() -> None:
+    model = nn.Linear(2, 2).double()
+    weight = {"weight": torch.ones(2, 2, dtype=torch.float64)}
+    ewc = EWC(2.0)
+    with pytest.raises(ConfigError, match="no entry for `bias` of the model.*`free`"):
+        ewc.consolidate("a", weight, model)
+    with pytest.raises(ConfigError, match="`free` names `beta`"):
+        ewc.consolidate("a", weight, model, free=["beta"])
+    assert ewc.tasks == ()
+    ewc.consolidate("a", weight, model, free=["bias"])
+    with torch.no_grad():
+        model.weight += 1.0
+        model.bias += 1.0
+    assert ewc.penalty(model).item() == pytest.approx(4.0)
+    model.bias.requires_grad_(False)  # what is frozen needs no hold
+    ewc.consolidate("a", weight, model)
+    tied = nn.ModuleDict({"a": nn.Linear(2, 2, bias=False), "b": nn.Linear(2, 2, bias=False)}).double()
+    tied["b"].weight = tied["a"].weight
+    ewc.consolidate("tied", {"b.weight": weight["weight"]}, tied)  # under any of its names
 
 
 def test_ewc_on_the_support_and_bad_options() -> None:

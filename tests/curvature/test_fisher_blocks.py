@@ -124,5 +124,5 @@ def test_the_largest_have_settled_after_so_many_looks_in_a_row() -> None:
 
 @pytest.mark.parametrize("options", [(0, 0.5, 1), (1, 0.0, 1), (1, 1.1, 1), (1, 0.5, 0)])
 def test_what_cannot_settle_is_refused(options: tuple[int, float, int]) -> None:
-    with pytest.raises(ConfigError, match="must be positive"):
+    with pytest.raises(ConfigError, match="^`(top|overlap|patience)` .*must be"):
         Settled(*options)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ import fxsparse
 from fxsparse.curvature import FisherCollector, Heads
 from fxsparse.curvature.taps_fused import fused_product
 from fxsparse.curvature.taps_statistic import Instrumented, instrument_fisher
-from fxsparse.errors import ConfigError, ExportError, PassError
+from fxsparse.errors import ConfigError, DataError, ExportError, PassError
 from fxsparse.graph import capture
 from fxsparse.passes.instrument_fisher import InstrumentFisher, RemoveFisher, Tap
 
@@ -56,7 +58,8 @@ def test_statistics_beside_ordinary_gradients(sparse: bool, reduction: str) -> N
     check(made.fisher(5, loss_scale=scale, mean=reduction == "mean"), collected(plain, (x, y)))
     assert set(made.fisher(5)) == {f"{k}.{name}" for k in (0, 3, 6) for name in ("weight", "bias")}
     made.clear()
-    assert not any(value.any() for value in made.fisher(5).values())
+    with pytest.raises(DataError, match="no backward pass of `module` has arrived since `clear`"):
+        made.fisher(5)
 
 
 def test_accumulated_passes_are_those_of_all_batches() -> None:
@@ -227,3 +230,65 @@ def test_the_pass_refuses_what_it_cannot_do() -> None:
     with pytest.raises(PassError, match="is no graph"):
         InstrumentFisher([Tap("x", "_6", ("6.weight", None), (3, 0), lambda y, *_: y)])(graph)
     assert isinstance(made, Instrumented) and issubclass(ExportError, RuntimeError)
+
+
+@pytest.mark.parametrize("name", ["samples", "passes"])
+@pytest.mark.parametrize("value", [0, -1, 2.5, True])
+def test_numbers_of_samples_are_checked(name: str, value: object) -> None:
+    model, (x, y) = network(), data()
+    made = instrument_fisher(model, (x,))
+    F.cross_entropy(made.module(x), y).backward()
+    with pytest.raises(ConfigError, match=rf"`{name}` \(={value}\) must be an integer of at least 1"):
+        made.fisher(**{"samples": 5, name: value})
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_loss_scales_are_checked(value: float) -> None:
+    model, (x, y) = network(), data()
+    made = instrument_fisher(model, (x,))
+    F.cross_entropy(made.module(x), y).backward()
+    with pytest.raises(ConfigError, match=r"`loss_scale` \(=.*\) must be finite and not 0"):
+        made.fisher(5, loss_scale=value)
+
+
+def test_sums_of_losses_of_unequal_passes() -> None:
+    model, (x, y) = network(), data()
+    made = instrument_fisher(model, (x,))
+    for part in (slice(0, 1), slice(1, 5)):
+        F.cross_entropy(made.module(x[part]), y[part], reduction="sum").backward()
+    check(made.fisher(5, mean=False), collected(network(), (x, y)))
+    made.clear()
+    for part in (slice(0, 1), slice(1, 5)):
+        (F.cross_entropy(made.module(x[part]), y[part], reduction="sum") / 5).backward()
+    check(made.fisher(5), collected(network(), (x, y)))
+
+
+class Python(nn.Module):
+    """A forward function that no graph takes."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        super().__init__()
+        self.head, self.own = nn.Linear(6, 3), forward
+
+    def forward(self, x: Tensor) -> Any:
+        return self.own(self, x)
+
+
+def _looping(m: Any, x: Tensor) -> Tensor:
+    return torch.cat([m.head(row[None]) for row in x])
+
+
+def _checkpointed(m: Any, x: Tensor) -> Tensor:
+    from torch.utils.checkpoint import checkpoint
+
+    return checkpoint(m.head, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize(
+    ("forward", "cause"), [(_looping, "control flow on a traced value"), (_checkpointed, "activation checkpointing")]
+)
+def test_what_no_graph_takes_is_told(forward: Callable[..., Any], cause: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"no layer to tap: `head.weight`.*{cause}.*use FisherCollector, which needs"
+    ):
+        instrument_fisher(Python(forward).double(), (torch.randn(5, 6, dtype=torch.float64),))

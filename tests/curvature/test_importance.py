@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -122,6 +124,22 @@ def test_per_sample_gradients_are_not_the_batch_mean() -> None:
     assert channel_scores(members, 5.0).item() == 0.5
 
 
+@pytest.mark.parametrize(
+    "removed", [True, [True], torch.tensor([True, False]), np.array([True]), 1.0, [0.5], "0", None, [[0]]]
+)
+def test_weights_to_remove_are_named_by_indices(removed: Any) -> None:
+    with pytest.raises(ConfigError, match="`removed`"):
+        obs_update(ONES, torch.linalg.inv(H), removed)
+
+
+@pytest.mark.parametrize(
+    "removed", [np.int64(0), [np.int64(0)], torch.tensor(0), torch.tensor([0]), np.array([0]), (0,)]
+)
+def test_indices_may_come_from_anywhere(removed: Any) -> None:
+    score, delta = obs_update(ONES, torch.linalg.inv(H), removed)
+    assert score == pytest.approx(0.75) and delta.tolist() == pytest.approx([-1.0, 0.5])
+
+
 def test_bad_scores_have_typed_errors() -> None:
     inverse = torch.linalg.inv(H)
     for call in (
@@ -200,6 +218,18 @@ def test_costs_are_what_a_channel_saves() -> None:
             assert torch.allclose(each[channels].scores * each[channels].cost, plain[channels].scores)
     with pytest.raises(ConfigError):
         channel_importance(model, "cross_entropy", [(x, y)], (x,), "time")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_channels_have_no_scores_on_data_that_are_not_finite(value: float) -> None:
+    model, x, y = residual()
+    bad = x.clone()
+    bad[2, 0, 0, 0] = value
+    with pytest.raises(DataError, match="`.*weight` has gradients in `data` that are NaN or infinite"):
+        channel_importance(model, "cross_entropy", [(x, y), (bad, y)], (x,), None)
+    for scores in (channel_scores, lambda sums: theis_scores(sums[0], sums[0])):
+        with pytest.raises(DataError, match="not finite"):
+            scores([torch.tensor([[1.0, value]])])
 
 
 def test_channel_scores_serve_as_a_saliency() -> None:

@@ -41,6 +41,22 @@ def test_golden_curve() -> None:
     assert all(math.isnan(value) for value in curve.measured)
 
 
+def test_a_loss_may_be_a_tensor_whose_graph_is_let_go() -> None:
+    model, table = four()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    experiment = Percolation(0.1, 1e-3)
+    numbers = experiment.curve(model, table, lambda: model(x).square().mean().item(), (0.5, 1.0), repeats=2)
+    tensors = experiment.curve(model, table, lambda: model(x).square().mean(), (0.5, 1.0), repeats=2)
+    assert tensors.measured == numbers.measured and tensors.standard_errors == numbers.standard_errors
+    for found in (*tensors.measured, *tensors.standard_errors, *(shock.measured for shock in tensors.shocks)):
+        assert type(found) is float
+    risks, changes, _ = experiment.single_groups(model, table, lambda: model(x).square().mean())
+    assert not risks.requires_grad and not changes.requires_grad
+    for bad in (None, "1", True, torch.ones(2), torch.ones((), dtype=torch.complex64)):
+        with pytest.raises(ConfigError, match="`loss`"):
+            experiment.shock(model, table, 0.5, lambda bad=bad: bad)
+
+
 def test_sampling_probabilities() -> None:
     assert sampling_probabilities(FISHER, 1.0).tolist() == pytest.approx((FISHER / 15).tolist())
     assert sampling_probabilities(FISHER, 2.0).tolist() == pytest.approx(

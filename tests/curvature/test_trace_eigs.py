@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -186,6 +188,33 @@ def test_lobpcg_of_low_rank_stops_where_nothing_is_new() -> None:
     found = lobpcg(Dense(matrix), 5, tol=1e-10)
     truth = torch.linalg.eigvalsh(matrix).flip(0)[:5]
     assert found.values.tolist() == pytest.approx(truth.tolist(), abs=1e-8)
+
+
+class Supported(Dense):
+    """P_S A P_S with a damping on the support, as curvature operators have it."""
+
+    def __init__(self, matrix: Tensor, support: Tensor, damping: float) -> None:
+        keep = support.double()
+        super().__init__(keep[:, None] * matrix * keep + torch.diag(damping * keep))
+        self.space = SimpleNamespace(support=support, dtype=torch.float64, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("rank", [3, 12])
+@pytest.mark.parametrize("damping", [0.0, 0.1])
+@pytest.mark.parametrize("solve", [lanczos, lobpcg])
+def test_the_small_end_is_that_of_the_support(solve: object, damping: float, rank: int) -> None:
+    """Zeros outside the support are no eigenvalues, though they are smaller than a damping."""
+    support = torch.rand(40, generator=gen(1)) > 0.5
+    op = Supported(symmetric(40, rank=rank), support, damping)
+    truth = torch.linalg.eigvalsh(op.matrix[support][:, support])
+    for k in (1, 4) if solve is lobpcg else (1,):  # Lanczos sees an eigenvalue that is there several times once
+        found = solve(op, k, "SA", tol=1e-8)
+        scale = float(truth.abs().max())
+        assert found.values.tolist() == pytest.approx(truth[: len(found.values)].flip(0).tolist(), abs=1e-6 * scale)
+        assert not found.vectors[~support].any()
+        assert torch.allclose(found.vectors.norm(dim=0), torch.ones(len(found.values)).double(), atol=1e-9)
+        gaps = (op.matrix @ found.vectors - found.vectors * found.values).norm(dim=0)
+        assert float(gaps.max()) < 1e-6 * scale
 
 
 @settings(max_examples=30, deadline=None)

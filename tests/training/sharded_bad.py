@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms.join import Join
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
+import fxsparse
 from fxsparse.nn import FastMode, Linear, accelerate, masked_weights, masks
 from fxsparse.nn.sharded import part
-from fxsparse.sparsity import MaskSet, SharedSupport, Uniform, Unstructured
-from fxsparse.training import RESU, SET, RigL, attach
+from fxsparse.sparsity import Magnitude, MaskSet, SharedSupport, Uniform, Unstructured
+from fxsparse.training import GMP, RESU, SET, Initial, RigL, attach
 from fxsparse.training.alive_only import store_alive
 from fxsparse.training.distributed import unwrap
+from fxsparse.training.handle import handle_of
 from tests.training.ranks import full, on_each_rank, refused, spread
 
 STEPS = 8
@@ -97,11 +102,15 @@ class Whole(SET):
         return True
 
 
-def attached(model: nn.Module, method: Any, steps: int = STEPS, **options: Any) -> str:
-    """What becomes of `attach`; where it is refused nothing has changed."""
+def attached(
+    model: nn.Module, method: Any, steps: int = STEPS, optimizer: torch.optim.Optimizer | None = None, **options: Any
+) -> str:
+    """What becomes of `attach`; where it is refused nothing has changed, and the optimizer is free."""
     before, kept = dict(masks(model)), {n: (m, m.clone()) for n, m in masks(model).items()}
     specs = {name: weight.spec for name, weight in masked_weights(model).items()}
-    message = refused(lambda: attach(model, sgd(model), method, steps, **options))
+    optimizer = sgd(model) if optimizer is None else optimizer
+    message = refused(lambda: attach(model, optimizer, method, steps, **options))
+    assert handle_of(optimizer) is None
     assert masks(model).keys() == before.keys()
     assert all(masks(model)[n] is m and torch.equal(m, value) for n, (m, value) in kept.items())
     assert specs == {name: weight.spec for name, weight in masked_weights(model).items()}
@@ -121,6 +130,13 @@ def disagreements(rank: int, ranks: int, wrapped: Callable[[nn.Module], nn.Modul
     saved = other.state_dict()
     other.detach()
     found["another method's"] = attached(model, SET(0.5, every=3), state=saved)
+    before = {**saved, "step": 1}
+    found["another state"] = attached(model, SET(0.5, every=2), state=saved if rank else before)
+    found["no state"] = attached(model, SET(0.5, every=2, initial=Initial.KEEP), state=saved if rank else None)
+    broken = {**saved, "records": [1]}
+    found["damaged state"] = attached(model, SET(0.5, every=2), state=saved if rank else broken)
+    few = torch.optim.SGD(list(model.parameters())[: None if rank else 1], lr=0.1)
+    found["few parameters"] = attached(model, SET(0.5, every=2, initial=Initial.KEEP), optimizer=few)
     mask = masks(unwrap(model))["2.weight"]
     mask.copy_(mask.flip(0))
     attach(model, optimizer, SET(0.5, every=2), STEPS, state=saved)
@@ -154,6 +170,59 @@ def sabotaged(rank: int, ranks: int) -> str:
     return refused(lambda: train(model, optimizer, 2, rank, ranks))
 
 
+def joined(rank: int, ranks: int) -> list[str]:
+    """Ranks with different amounts of data in a `Join` context, where the model is wrapped before and afterwards."""
+    found = []
+    for before in (True, False):
+        model = net()
+        wrapper = DistributedDataParallel(model)
+        optimizer = sgd(model)
+        handle = attach(wrapper if before else model, optimizer, SHARED, STEPS)
+        kept = {name: value.clone() for name, value in model.state_dict().items()}
+
+        def uneven(wrapper: Any = wrapper, optimizer: Any = optimizer) -> None:
+            with Join([wrapper]):
+                train(wrapper, optimizer, 3 + 2 * rank, rank, ranks)
+
+        found.append(refused(uneven))
+        assert handle.step == 0 and all(torch.equal(kept[name], value) for name, value in model.state_dict().items())
+        with Join([wrapper], enable=False):
+            train(wrapper, optimizer, 3, rank, ranks)
+        assert handle.step == 3 and handle.updates == 1
+    return found
+
+
+def reshaped(rank: int, ranks: int) -> str:
+    """Alive-only storage under DDP, and a method that prunes on: the parameters would change their shapes."""
+    model = net()
+    optimizer = sgd(model)
+    method = GMP(0.9, initial_sparsity=0.5, every=3, pattern=SharedSupport(4), distribution=Uniform())
+    handle = attach(model, optimizer, replace(method, initial=Magnitude()), 12)
+    store_alive(handle)
+    wrapper = DistributedDataParallel(model)
+    train(wrapper, optimizer, 2, rank, ranks)
+    before = {name: mask.clone() for name, mask in masks(model).items()}
+    message = refused(lambda: train(wrapper, optimizer, 10, rank, ranks))
+    assert all(torch.equal(before[name], mask) for name, mask in masks(model).items()) and handle.updates == 0
+    return message
+
+
+def gathered(rank: int, ranks: int, folder: Path) -> dict[str, str]:
+    """What needs whole weights says how to get them, and that works."""
+    model = spread(net())
+    found = {
+        "finalize": refused(lambda: fxsparse.finalize(model)),
+        "finalize, inplace": refused(lambda: fxsparse.finalize(model, inplace=True)),
+        "ticket": refused(lambda: fxsparse.save_ticket(model, folder / f"{rank}.ticket")),
+    }
+    other = net()
+    with torch.no_grad():
+        other[0].weight.zero_()
+    other.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
+    found["gathered"] = str(torch.equal(fxsparse.finalize(other)[0].weight, net()[0].weight))
+    return found
+
+
 def storage(rank: int, ranks: int) -> dict[str, str]:
     """Alive-only storage of weights that are spread, and methods that need them whole."""
     model = net()
@@ -176,6 +245,8 @@ def work(rank: int, ranks: int, folder: Path, arguments: list[str]) -> Any:
         found["ddp"] = disagreements(rank, ranks, DistributedDataParallel)
         found["resu"] = {"phase": other_phase(rank, ranks), "sabotage": sabotaged(rank, ranks)}
         found["storage"] = storage(rank, ranks)
+        found["joined"], found["reshaped"] = joined(rank, ranks), reshaped(rank, ranks)
+        found["gathered"] = gathered(rank, ranks, folder)
     return found
 
 

@@ -6,13 +6,14 @@ import math
 import warnings
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from fxsparse.errors import ConfigError, DataError
-from fxsparse.nn import Linear, masked_weights, masks, set_masks
-from fxsparse.sparsity import ERK, CustomSparsity, Magnitude, Uniform, Wanda
+from fxsparse.nn import Linear, accelerate, decelerate, fast_report, masked_weights, masks, set_masks
+from fxsparse.sparsity import ERK, ConstantFanIn, CustomSparsity, Magnitude, SharedSupport, Uniform, Wanda
 from fxsparse.training import (
     ACDC,
     GMP,
@@ -36,6 +37,7 @@ from fxsparse.training import (
     attach,
     prune,
 )
+from fxsparse.training.alive_only import restore_dense, store_alive
 
 READERS = {
     "rigl": RigL(0.5, every=2, end=99),
@@ -485,3 +487,55 @@ def test_pruning_around_a_dead_layer(name, alive):
     set_masks(model, {"0.weight": few})
     found = pruned(name, model)
     assert torch.equal(found["0.weight"], few) and 1 <= int(found["2.weight"].sum()) <= 40
+
+
+@pytest.mark.parametrize("total", ["9", 1.5, True, 0, -3, [4]])
+def test_lengths_that_are_no_count_of_steps(total):
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with pytest.raises(ConfigError, match=r"`total_steps` \(="):
+        attach(model, optimizer, SET(0.5), total)
+    attach(model, optimizer, SET(0.5), np.int64(9))
+
+
+@pytest.mark.parametrize("kind", [RigL, SET, SNFS, GMP, SRigL])
+@pytest.mark.parametrize(("option", "value"), [("every", 1.5), ("every", "2"), ("every", True), ("end", 9.5)])
+def test_steps_that_are_no_integers(kind, option, value):
+    with pytest.raises(ConfigError, match=f"`{option}` \\(={value!r}\\) must be .* step, an integer"):
+        kind(0.5, **{option: value}).timed(20).check(ConstantFanIn())
+
+
+@pytest.mark.parametrize("start", [2.5, None, "0"])
+def test_starts_that_are_no_integers(start):
+    with pytest.raises(ConfigError, match="`start`"):
+        RigL(0.5, start=start)
+
+
+def test_what_is_no_model_and_no_handle():
+    for act in (accelerate, decelerate, fast_report):
+        for bad in (3, None, "model", [nn.Linear(2, 2)]):
+            with pytest.raises(ConfigError, match=r"`model` \(=.*\) must be a torch.nn.Module"):
+                act(bad)
+    for act in (store_alive, restore_dense):
+        for bad in (3, build()):
+            with pytest.raises(ConfigError, match=r"`handle` \(=.*\) must be what fxsparse.attach returned"):
+                act(bad)
+    model = nn.Sequential(Linear(16, 16, pattern=SharedSupport(4)))
+    for bad in ("a", True, [0.5], 2.0, math.nan, -0.1):
+        with pytest.raises(ConfigError, match=r"`sparse_threshold` \(="):
+            accelerate(model, sparse_threshold=bad)
+    assert len(fast_report(model)) == 0  # nothing has changed
+    assert len(accelerate(model, sparse_threshold=1)) == 1
+
+
+def test_decelerate_names_the_mend_and_changes_nothing():
+    model = nn.Sequential(Linear(16, 16, pattern=SharedSupport(4)), Linear(16, 8, pattern=SharedSupport(4)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    handle = attach(model, optimizer, SET(0.5, distribution=Uniform()))
+    store_alive(handle)
+    with pytest.raises(ConfigError, match=r"`0` stores its alive weights only; call restore_dense\(handle\) first"):
+        decelerate(model)
+    assert len(fast_report(model)) == 2
+    restore_dense(handle)
+    decelerate(model)
+    assert len(fast_report(model)) == 0

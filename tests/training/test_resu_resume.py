@@ -152,7 +152,7 @@ def test_rewinding_out_of_a_phase_and_into_it():
     "key",
     [
         *("phase", "cycle", "theta", "scales", "revived", "resurrections", "averages", "inputs"),
-        *("step", "updates", "masks", "method", "memory"),
+        *("step", "updates", "masks", "method", "targets"),
     ],
 )
 def test_a_missing_part_is_an_error(key):

@@ -63,9 +63,25 @@ def disagreed(every: Found, ranks: int) -> None:
                 f"ConfigError: `total_steps` (={100 + 4 * rank}) differs between ranks (=[100, 104])" in found["length"]
             )
             assert "is not of this handle" in found["another method's"]
+            for name in ("another state", "no state"):
+                step = "of step 3" if rank else "none" if name == "no state" else "of step 1"
+                assert found[name].startswith(f"ConfigError: `state` (={step}) is another one on other ranks"), name
+            for name, said in (
+                ("damaged state", "`records[0]` of the state (=1)"),
+                ("few parameters", "`optimizer` (=SGD) "),
+            ):
+                other = "rank 0 cannot go on, so this one (=1) does not: ConfigError: " if rank else ""
+                assert found[name].startswith(f"ConfigError: {other}{said}"), name
             assert found["masks of another moment"].startswith("DataError: the model's masks are not those of the")
         assert each["resu"]["phase"].startswith("DataError: the loaded handle is in a RESU phase and the model is not")
         assert each["resu"]["sabotage"].startswith("DataError: masks differ between ranks after step 10")
+        assert all("torch.distributed.algorithms.Join" in message for message in each["joined"])
+        assert each["reshaped"].startswith("ConfigError: `0.weight` is stored alive only, and this mask update changes")
+        assert each["gathered"].pop("gathered") == "True"
+        for message in each["gathered"].values():
+            assert message.startswith(
+                "ConfigError: `0.weight` (=DTensor) is spread over ranks: on every rank take torch"
+            )
         assert "`0.weight` is stored alive only and sharded" in each["storage"]["packed"]
         assert "`0.weight` (=DTensor) is sharded: its alive entries cannot move" in each["storage"]["store_alive"]
         assert "`0.weight` (=DTensor) is sharded; Whole needs whole weights" in each["storage"]["whole"]

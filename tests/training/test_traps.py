@@ -246,9 +246,9 @@ def test_every_phase_starts_its_own_optimizer_of_theta():
         sparsity=0.6, cycles=2, schedule=(0.6, 0.6), distribution=Uniform(), theta=ThetaMomentum(lr=0.05)
     )
     run = Run(method).to_phase(0, 2)
-    assert run.handle.state_dict()["theta"]
+    assert run.handle.state_dict()["theta"][0]
     run.go(run.cycles[0].end)
-    assert not run.handle.state_dict()["theta"]
+    assert not run.handle.state_dict()["theta"][0]
     run.to_phase(1)
     before, mask, gradient = run.weights()["0.weight"], run.masks()["0.weight"], []
     run.go(run.step + 1, lambda run: gradient.append(run.model[0].weight.grad.clone()))
