@@ -31,7 +31,10 @@ def kept_attributes(model: nn.Module) -> Iterator[None]:
     containers: dict[int, tuple[Any, Any]] = {}
     tensors: dict[int, tuple[Tensor, int, Tensor]] = {}
     for _, module in modules_of(model):
-        _hold([module.__dict__, *module._buffers.values()], containers, tensors, own)
+        if _is_plain(module):  # nothing inside of its attributes changes
+            containers[id(module.__dict__)] = module.__dict__, module.__dict__.copy()
+        else:
+            _hold([module.__dict__, *module._buffers.values()], containers, tensors, own)
     try:
         yield
     finally:
@@ -96,6 +99,21 @@ class _Noticing(NoticingWrites):
         if (kwargs or {}).get("max_norm") is not None:
             self.writes.notice(torch.embedding_renorm_, args)
         return func(*args, **(kwargs or {}))
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether it is a layer of torch's own without buffers, hooks, or what its user put there and may change."""
+    if not type(module).__module__.startswith("torch.nn.modules.") or module._buffers or module._modules:
+        return False
+    if module._forward_hooks or module._forward_pre_hooks:
+        return False
+    return not any(_may_change(value) for name, value in module.__dict__.items() if name[0] != "_")
+
+
+def _may_change(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return not all(isinstance(each, int | float | str | None) for each in value)
+    return isinstance(value, Tensor) or type(value) in _CONTAINERS
 
 
 def _hold(

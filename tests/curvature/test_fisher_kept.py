@@ -303,3 +303,25 @@ def test_warnings_of_a_failed_batch_come_again() -> None:
             else:
                 collector.update((batch, y))
     assert "1.weight" in collector._engine.slow
+
+
+class Meddling(nn.Module):
+    """Writes into layers of torch's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.head = nn.Linear(6, 4), nn.Linear(4, 3)
+        self.a.notes, self.head.pair = [1], (torch.zeros(2), 3)  # type: ignore[assignment]  # as users do
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.a(x))
+        self.a.notes.append(2)  # type: ignore[operator, union-attr]  # a list
+        self.head.pair[0].add_(1)  # type: ignore[index, operator, union-attr]  # a tuple
+        self.head.cache = h
+        return self.head(h)
+
+
+def test_what_stands_at_plain_layers_is_given_back() -> None:
+    model = Meddling().double()
+    FisherCollector(model).update((inputs(), Y))
+    assert model.a.notes == [1] and model.head.pair[0].tolist() == [0, 0] and not hasattr(model.head, "cache")
