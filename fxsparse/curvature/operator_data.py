@@ -59,13 +59,14 @@ class Batch:
     def leaves(self) -> tuple[list[Any], list[int | None], Any]:
         """The leaves of (inputs, targets), the sample axis of each (0 or None), and how they are put together again."""
         leaves, form = pytree.tree_flatten((self.inputs, self.targets))
-        return leaves, [0 if self._belongs(leaf) else None for leaf in leaves], form
+        return leaves, [0 if self.belongs(leaf) else None for leaf in leaves], form
 
-    def _belongs(self, leaf: Any) -> bool:
+    def belongs(self, leaf: Any) -> bool:
+        """Whether a leaf is taken to have the samples along its first axis."""
         return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == self.samples
 
     def _mapped(self, rule: Callable[[Tensor], Tensor]) -> Any:
-        return pytree.tree_map(lambda leaf: rule(leaf) if self._belongs(leaf) else leaf, (self.inputs, self.targets))
+        return pytree.tree_map(lambda leaf: rule(leaf) if self.belongs(leaf) else leaf, (self.inputs, self.targets))
 
 
 class Data:

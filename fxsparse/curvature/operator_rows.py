@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fxsparse.curvature.operator_data import Batch
 from fxsparse.curvature.operator_forward import ModelFunction, Tensors, pulled
-from fxsparse.errors import FxSparseError
+from fxsparse.errors import DataError, FxSparseError
 
 vjp: Any = torch.func.vjp  # what they return depends on their arguments, which types cannot say
 vmap: Any = torch.func.vmap
@@ -80,12 +80,30 @@ class SampleRows:
         for n in range(batch.samples):
             point = self.function.leaves()
             with torch.enable_grad():
-                z = self.function.forward(point, batch.cut(n, n + 1).inputs)
+                z = self._alone(point, batch, n)
             chosen = {name: point[name] for name in names}
             each = [pulled([z], chosen, [u[n : n + 1]], keep=True) for u in cotangents]
             for name in names:
                 found[name].append(torch.stack([one[name] for one in each]))
         return {name: torch.stack(rows, 1) for name, rows in found.items()}
+
+    def _alone(self, point: Tensors, batch: Batch, n: int) -> Tensor:
+        """The model on one sample.
+
+        Raises:
+            DataError: it cannot run on one, as where an input of all samples happens to be as long as the batch.
+        """
+        try:
+            return self.function.forward(point, batch.cut(n, n + 1).inputs)
+        except FxSparseError:
+            raise
+        except (RuntimeError, ValueError, IndexError) as error:
+            cut = [str(tuple(each.shape)) for each in pytree.tree_leaves(batch.inputs) if batch.belongs(each)]
+            raise DataError(
+                f"the model cannot run on one sample of this batch (={batch.samples} samples): its inputs of shapes "
+                f"{', '.join(cut)} were cut along axis 0. One that all samples share has the length of the batch by "
+                f"chance: take batches of another size. ({type(error).__name__}: {error})"
+            ) from error
 
 
 def slack(dtype: torch.dtype) -> float:

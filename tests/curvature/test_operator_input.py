@@ -391,3 +391,28 @@ def test_sharded_parameters_are_named_and_the_mend_works() -> None:
         whole, _, _ = network()
         whole.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
     near(CurvatureOperator(whole, None, "cross_entropy", (x, y)).diag(), expected, 1e-13)
+
+
+class Attending(nn.Module):
+    """Tokens, and positions and a mask that all samples share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.place, self.head = nn.Embedding(7, 4), nn.Embedding(8, 4), nn.Linear(4, 3)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, tokens: Tensor, places: Tensor, mask: Tensor) -> Tensor:
+        h = self.token(tokens) + self.place(places)
+        return self.head(self.attention(h, h, h, attn_mask=mask, need_weights=False)[0].mean(1))
+
+
+def test_an_input_of_all_samples_as_long_as_the_batch_is_named() -> None:
+    model, shared = Attending().double(), torch.randn(4, 4, dtype=torch.float64)
+    for samples in (3, 4):
+        batch = ((torch.randint(0, 7, (samples, 4)), torch.arange(4), shared), torch.randint(0, 3, (samples,)))
+        operator = CurvatureOperator(model, None, "cross_entropy", [batch])
+        if samples == 3:
+            assert bool((operator.diag() >= 0).all())
+            continue
+        with pytest.raises(DataError, match=r"\(=4 samples\).*\(4, 4\).*batches of another size"):
+            operator.diag()
