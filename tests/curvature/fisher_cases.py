@@ -30,6 +30,20 @@ class Case:
         return model, inputs, y
 
 
+class ForeignProduct(torch.autograd.Function):
+    """A linear layer's product that does not go through torch's operators."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x @ w.T
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return g @ w, g.T @ x
+
+
 class Fn(nn.Module):
     """Modules and parameters with a forward function."""
 

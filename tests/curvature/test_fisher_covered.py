@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fisher_cases import ForeignProduct
 from torch import Tensor, nn
 
 import fxsparse
@@ -21,18 +22,6 @@ F64 = torch.float64
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*is collected by per-sample", "ignore:.*performance drop", "ignore:.*axes of unknown meaning"
 )
-
-
-class Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
-        ctx.save_for_backward(x, w)
-        return x @ w.T
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
-        x, w = ctx.saved_tensors
-        return g @ w, g.T @ x
 
 
 class Model(nn.Module):
@@ -70,11 +59,11 @@ def _token_written(m: Any, x: Tensor) -> Tensor:
 
 
 def _custom(m: Any, x: Tensor) -> Tensor:
-    return Product.apply(F.pad(torch.tanh(F.linear(x, m.w)), (0, 3)), m.w)
+    return ForeignProduct.apply(F.pad(torch.tanh(F.linear(x, m.w)), (0, 3)), m.w)
 
 
 def _last_and_custom(m: Any, x: Tensor) -> Tensor:
-    return F.linear(F.pad(torch.tanh(Product.apply(x, m.w)), (0, 3)), m.w)
+    return F.linear(F.pad(torch.tanh(ForeignProduct.apply(x, m.w)), (0, 3)), m.w)
 
 
 def _in_an_expression(m: Any, x: Tensor) -> Tensor:

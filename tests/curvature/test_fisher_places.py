@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fisher_cases import ForeignProduct
 from fisher_oracle import fisher
 from torch import Tensor, nn
 
@@ -165,18 +166,6 @@ def test_samples_without_gradients_hide_nothing(closed: int) -> None:
     equal(collector.get(), reference(model, (x,), y))
 
 
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
-        ctx.save_for_backward(x, w)
-        return x @ w.T
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
-        x, w = ctx.saved_tensors
-        return g @ w, g.T @ x
-
-
 class HiddenUse(nn.Module):
     """A weight that torch's operators and a custom function read, behind a head of zeros."""
 
@@ -186,7 +175,7 @@ class HiddenUse(nn.Module):
         nn.init.zeros_(self.head.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(_Product.apply(torch.tanh(F.linear(x, self.w)), self.w)))
+        return self.head(torch.tanh(ForeignProduct.apply(torch.tanh(F.linear(x, self.w)), self.w)))
 
 
 @SLOW
