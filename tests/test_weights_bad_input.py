@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from fxsparse.errors import CaptureError, ConfigError, DataError
 from fxsparse.nn import masks
 from fxsparse.planning import finalize, plan, sparsity_report, transform
+from tests.torchrun import one_rank
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -118,20 +117,8 @@ def test_a_model_in_data_parallel() -> None:
 
 @pytest.fixture
 def group() -> Iterator[None]:
-    import torch.distributed as dist
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    kept = dict(os.environ)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", WORLD_SIZE="1")
-    dist.init_process_group("gloo")
-    try:
+    with one_rank():
         yield
-    finally:
-        dist.destroy_process_group()
-        os.environ.clear()
-        os.environ.update(kept)
 
 
 def test_distributed_models_and_parts(group: None) -> None:

@@ -44,6 +44,17 @@ class ForeignProduct(torch.autograd.Function):
         return g @ w, g.T @ x
 
 
+class LastStep(nn.Module):
+    """A recurrent layer, of which the last step is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.GRU(6, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0][:, -1])
+
+
 class Fn(nn.Module):
     """Modules and parameters with a forward function."""
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fisher_cases import LastStep
 from fisher_oracle import fisher
 from torch import Tensor, nn
 
@@ -253,15 +254,7 @@ def test_what_a_failed_batch_taught_is_forgotten() -> None:
     """The plan made for batches of another length goes again, with what was learnt of slow parameters."""
     torch.manual_seed(0)
 
-    class Last(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.rnn, self.head = nn.GRU(6, 4, batch_first=True), nn.Linear(4, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.rnn(x)[0][:, -1])
-
-    model = Last().double()
+    model = LastStep().double()
     good = torch.randn(4, 3, 6, dtype=F64), torch.tensor([0, 1, 2, 0])
     longer = torch.randn(4, 5, 6, dtype=F64), torch.tensor([0, 1, 2, 0])
     broken = longer[0].clone(), longer[1]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fisher_cases import LastStep
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -369,15 +370,7 @@ def test_models_whose_path_depends_on_values() -> None:
 def test_other_lengths_are_examined_anew() -> None:
     torch.manual_seed(0)
 
-    class Last(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.rnn, self.head = nn.GRU(6, 4, batch_first=True), nn.Linear(4, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.rnn(x)[0][:, -1])
-
-    model = Last().double()
+    model = LastStep().double()
     collector, total, count = FisherCollector(model), torch.zeros((), dtype=F64), 0
     for length in (3, 5, 3, 1):
         x, y = torch.randn(4, length, 6, dtype=F64), torch.tensor([0, 1, 2, 0])

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
-import socket
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,6 +19,7 @@ from fxsparse.curvature.operator import CurvatureOperator
 from fxsparse.curvature.operator_space import own_parameters
 from fxsparse.errors import CaptureError, ConfigError, DataError
 from tests.curvature import operator_oracle as oracle
+from tests.torchrun import one_rank
 
 RTOL = 1e-10
 
@@ -354,22 +351,6 @@ def test_buffers_of_any_kind_are_given_back(kind: str) -> None:
     for call in (op.diag, op.dense, op.gradient, lambda: op.mv(torch.ones(12)), lambda: op.mm(torch.ones(12, 2))):
         call()
         assert not model.seen and not model.count and not model.last.any() and not model.state[0].any()
-
-
-@contextlib.contextmanager
-def one_rank() -> Iterator[None]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    kept = dict(os.environ)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", WORLD_SIZE="1")
-    dist.init_process_group("gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-        os.environ.clear()
-        os.environ.update(kept)
 
 
 def test_sharded_parameters_are_named_and_the_mend_works() -> None:
