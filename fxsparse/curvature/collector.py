@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fxsparse.curvature.collector_blocks import Pool
 from fxsparse.curvature.collector_engine import Collected, Engine, Recipe, check_recipe
 from fxsparse.curvature.collector_options import check_options, chosen_parameters
 from fxsparse.curvature.collector_ranks import own_draws, set_draws
@@ -255,7 +256,7 @@ class FisherCollector(Readings):
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._gathered.whole())  # all ranks together, also with an empty batch
             if not read.samples:
-                return Collected({}, 0.0, frozenset())
+                return Collected(Pool.of({}), 0.0, frozenset())
             stack.enter_context(collecting_scope(self.model))
             stack.enter_context(self._written.kept())
             stack.enter_context(self._engine.undone(draws))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxsparse.curvature.collector_blocks import merged, moments_of
+from fxsparse.curvature.collector_blocks import Pool, merged, moments_of
 from fxsparse.curvature.collector_moments import Moments
 from fxsparse.curvature.collector_recipe import Recipe as Recipe
 from fxsparse.curvature.collector_recipe import check_recipe as check_recipe
@@ -53,17 +53,16 @@ class Collected:
         present: the entries that a gradient reached.
     """
 
-    moments: dict[Entry, Moments]
+    moments: Pool[Entry]
     mass: float
     present: frozenset[Entry]
 
     def check_finite(self) -> None:
         """Raise DataError where a sum of squares is NaN or infinite."""
-        totals = {entry: each.total for entry, each in self.moments.items() if each.total is not None}
-        if not totals or bool(torch.stack([total.sum() for total in totals.values()]).isfinite().all()):
+        if self.moments.is_finite():
             return
-        for (name, _), total in totals.items():
-            if not bool(total.isfinite().all()):
+        for (name, _), each in self.moments.items():
+            if each.total is not None and not bool(each.total.isfinite().all()):
                 raise DataError(
                     f"`{name}` has squared gradients in this batch that are NaN or infinite; nothing was added: look "
                     "for NaN or huge values in its inputs, its targets and the weights"
@@ -100,7 +99,7 @@ class Engine:
 
     def collect(self, batch: FisherBatch, generator: torch.Generator) -> Collected:
         """The moments of a batch."""
-        found: dict[Entry, Moments] = {}
+        found: Pool[Entry] = Pool.of({})
         mass, present = 0.0, set()
         masks = self._masks()
         batch = self._known_inputs(batch)
@@ -127,10 +126,11 @@ class Engine:
 
     def _known_inputs(self, batch: FisherBatch) -> FisherBatch:
         """The batch, whose inputs that belonged to every sample of other batches do so here too."""
-        form = batch.form()
-        found = self._shared.get(form, frozenset()) | batch.shared()
+        found = batch.shared()
+        if self._shared:
+            found |= self._shared.get(batch.form(), frozenset())
         if found:
-            self._shared = {**self._shared, form: found}
+            self._shared = {**self._shared, batch.form(): found}
         return batch.sharing(found)
 
     @contextlib.contextmanager
@@ -159,9 +159,10 @@ class Engine:
 
     def _moments(
         self, values: Mapping[Entry, Tensor], samples: int, masses: Tensor | None, units: float
-    ) -> dict[Entry, Moments]:
+    ) -> Pool[Entry]:
         if not self.recipe.separate:
-            return {entry: Moments.of_sum(each.sum(0), samples, units) for entry, each in values.items()}
+            sums = {entry: Moments.of_sum(each.sum(0), samples, units) for entry, each in values.items()}
+            return Pool.of(sums)
         return moments_of(values, masses)
 
     def _examined(self, batch: FisherBatch) -> _Plan:

@@ -62,7 +62,7 @@ def reduce_tasks(tasks: dict[str, TaskState], device: torch.device, group: dist.
         if not any(news):
             state.shared = {entry: moments.to(device) for entry, moments in state.shared.items()}
             continue
-        together = {entry: moments.to("cpu") for entry, moments in state.shared.items()}
+        together: Mapping[Entry, Moments] = {entry: moments.to("cpu") for entry, moments in state.shared.items()}
         for each in news:
             together = merged(together, _unpacked(each.moments))
         state.shared = {entry: moments.to(device) for entry, moments in together.items()}

@@ -121,9 +121,9 @@ def _restore(task: TaskState, key: Key, held: Mapping[str, Any], size: int) -> N
         task.decaying[entry] = Decaying(num, **{**told, "steps": steps})
         task.mass[entry] = numbers["mass"]
     elif numbers or tensors:
-        task.moments[entry] = _moments(key, numbers, tensors, size)
+        task.moments = {**task.moments, entry: _moments(key, numbers, tensors, size)}
     if "shared_numbers" in held or "shared" in held:
-        task.shared[entry] = _moments(key, held["shared_numbers"], held["shared"], size)
+        task.shared = {**task.shared, entry: _moments(key, held["shared_numbers"], held["shared"], size)}
     if "stored" in held:
         task.stored[entry] = _stored(key, held["stored"], size)
 

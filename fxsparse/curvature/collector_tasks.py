@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -30,8 +31,8 @@ class TaskState:
         shared_skipped: the same, reduced.
     """
 
-    moments: dict[Entry, Moments] = field(default_factory=dict)
-    shared: dict[Entry, Moments] = field(default_factory=dict)
+    moments: Mapping[Entry, Moments] = field(default_factory=dict)
+    shared: Mapping[Entry, Moments] = field(default_factory=dict)
     origin: str = ""
     decaying: dict[Entry, Decaying] = field(default_factory=dict)
     mass: dict[Entry, float] = field(default_factory=dict)
@@ -69,7 +70,7 @@ class TaskState:
             self.skipped += 1
             return
         if beta is None:
-            self.moments = merged(self.moments, {entry: new.to(place) for entry, new in found.moments.items()})
+            self.moments = merged(self.moments, found.moments.to(place))
             return
         for entry, new in found.moments.items():
             assert new.total is not None
@@ -81,8 +82,8 @@ class TaskState:
 
     def to(self, device: torch.device) -> TaskState:
         """The same on a device, snapshots too, which lie with the sums unless they are stored on the CPU."""
-        for moments in (self.moments, self.shared):
-            moments.update({entry: each.to(device) for entry, each in moments.items()})
+        self.moments = {entry: each.to(device) for entry, each in self.moments.items()}
+        self.shared = {entry: each.to(device) for entry, each in self.shared.items()}
         for running in self.decaying.values():
             running.num = None if running.num is None else running.num.to(device)
         self.stored = {entry: each.to(device) for entry, each in self.stored.items()}

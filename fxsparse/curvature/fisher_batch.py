@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fxsparse.curvature.losses import OutputLoss
 from fxsparse.errors import DataError
-from fxsparse.graph.inputs import fresh_inputs, split_inputs, tensors_of
+from fxsparse.graph.inputs import split_inputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,24 +41,26 @@ class FisherBatch:
 
     def __post_init__(self) -> None:
         if not self.own:
-            object.__setattr__(self, "own", tuple(map(self._fits, self._flat()[0])))
+            leaves = [*self._inputs[0], *pytree.tree_leaves((self.targets, self.mask))]
+            object.__setattr__(self, "own", tuple(map(self._fits, leaves)))
 
-    def _flat(self) -> tuple[list[Any], Any]:
-        return pytree.tree_flatten((self.args, self.kwargs, self.targets, self.mask))
+    @cached_property
+    def _inputs(self) -> tuple[list[Any], Any]:
+        return pytree.tree_flatten((self.args, self.kwargs))
 
     def _fits(self, value: Any) -> bool:
         return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == self.samples
 
     def select(self, rows: list[int]) -> FisherBatch:
         """The samples at these places."""
-        leaves, form = self._flat()
+        leaves, form = pytree.tree_flatten((self.args, self.kwargs, self.targets, self.mask))
         chosen = [leaf[rows] if own else leaf for leaf, own in zip(leaves, self.own, strict=True)]
         args, kwargs, targets, mask = pytree.tree_unflatten(chosen, form)
         return FisherBatch(args, kwargs, targets, mask, len(rows), self.shift, self.own)
 
     def shared(self) -> frozenset[int]:
         """Numbers of the inputs' tensors that belong to every sample."""
-        leaves = pytree.tree_leaves((self.args, self.kwargs))
+        leaves = self._inputs[0]
         return frozenset(
             k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.ndim and not self.own[k]
         )
@@ -80,7 +83,7 @@ class FisherBatch:
 
     def form(self) -> Any:
         """What batches of the same call have in common."""
-        return pytree.tree_flatten((self.args, self.kwargs))[1]
+        return self._inputs[1]
 
     def pieces(self, size: int) -> Iterator[FisherBatch]:
         """Consecutive pieces of at most `size` samples."""
@@ -92,15 +95,18 @@ class FisherBatch:
 
     def fresh(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Copies of the inputs, into which a model may write, without gradients."""
-        args, kwargs = fresh_inputs(self.args, self.kwargs)
-        for tensor in tensors_of((args, kwargs)):
-            tensor.requires_grad_(False)
-        return args, kwargs
+        return self.copied()[:2]
+
+    def copied(self) -> tuple[tuple[Any, ...], dict[str, Any], list[Tensor]]:
+        """The same, and the tensors among them in their order."""
+        leaves, form = self._inputs
+        copies = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        args, kwargs = pytree.tree_unflatten(copies, form)
+        return args, kwargs, [leaf for leaf in copies if isinstance(leaf, Tensor)]
 
     def sample_axes(self) -> list[int | None]:
         """Of each leaf of (args, kwargs), its axis of samples: 0 or None."""
-        number = len(pytree.tree_leaves((self.args, self.kwargs)))
-        return [0 if own else None for own in self.own[:number]]
+        return [0 if own else None for own in self.own[: len(self._inputs[0])]]
 
     def aligned(self, loss: OutputLoss, z: Tensor) -> tuple[Any, Tensor]:
         """The targets like z and the units that count, bool [N, positions...]: shifted, masked, not ignored.
@@ -159,15 +165,23 @@ def read_batch(batch: Any, device: torch.device, mask_name: str = "attention_mas
             )
         inputs, targets = batch[0], batch[1] if len(batch) == 2 else None
     args, kwargs = _call(inputs)
-    args, kwargs, targets = pytree.tree_map(
-        lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, (args, kwargs, targets)
-    )
-    lengths = [tensor.shape[0] for tensor in tensors_of((args, kwargs)) if tensor.ndim]
+    (args, kwargs), leaves = _moved((args, kwargs), device)
+    targets, _ = _moved(targets, device)
+    lengths = [leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
     if isinstance(targets, Tensor) and targets.ndim and targets.shape[0] in lengths:
         lengths = [targets.shape[0]]
     if not lengths:
         raise DataError(f"`batch` (={type(batch).__name__}) holds no tensor with samples along axis 0")
     return FisherBatch(args, kwargs, targets, kwargs.get(mask_name), lengths[0], shift)
+
+
+def _moved(tree: Any, device: torch.device) -> tuple[Any, list[Any]]:
+    """A structure whose tensors are on a device, and its leaves."""
+    leaves, form = pytree.tree_flatten(tree)
+    if all(not isinstance(leaf, Tensor) or leaf.device == device for leaf in leaves):
+        return tree, leaves
+    leaves = [leaf.to(device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    return pytree.tree_unflatten(leaves, form), leaves
 
 
 def _call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

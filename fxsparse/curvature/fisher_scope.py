@@ -13,7 +13,7 @@ from fxsparse.curvature.fisher_types import CoupledSamples
 from fxsparse.curvature.kept_state import kept_attributes
 from fxsparse.errors import ConfigError
 from fxsparse.graph.scopes import mode_of, preserved_rng
-from fxsparse.graph.tree import parameters_of
+from fxsparse.graph.tree import modules_of
 from fxsparse.nn.recurrence import differentiable_recurrence
 
 POLICIES = ("freeze", "raise")
@@ -26,17 +26,18 @@ def collecting_scope(model: nn.Module) -> Iterator[None]:
     Restored are the training flag of each module, buffers and all other attributes (see `kept_attributes`), random
     generators and switches. Parameters, their flags and their gradients are not touched at all.
     """
-    devices = sorted({parameter.device.type for _, parameter in parameters_of(model)} | {"cpu"})
+    modules = [module for _, module in modules_of(model)]
+    places = {each.device.type for module in modules for each in module._parameters.values() if each is not None}
     with contextlib.ExitStack() as stack:
         stack.enter_context(preserved_rng())
-        stack.enter_context(mode_of(model, False))
+        stack.enter_context(mode_of(model, False, modules))
         stack.enter_context(differentiable_recurrence(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for device in devices:
+        for device in sorted(places | {"cpu"}):
             stack.enter_context(torch.autocast(device, enabled=False))
-        stack.enter_context(kept_attributes(model))
+        stack.enter_context(kept_attributes(model, modules))
         yield
 
 
@@ -50,7 +51,7 @@ def check_batch_norms(model: nn.Module, policy: str) -> None:
     """
     if policy not in POLICIES:
         raise ConfigError(f"`bn` (={policy!r}) must be one of {', '.join(map(repr, POLICIES))}")
-    for path, module in model.named_modules():
+    for path, module in modules_of(model):
         if not isinstance(module, _BatchNorm):
             continue
         kind = type(module).__name__

@@ -85,9 +85,10 @@ class CurvatureSource:
         Args:
             weight: A parameter of the model, or a view of all of it.
             dense: See dead weights through opened masks; else their curvature is what the model makes of it, mostly 0.
+                In a resurrection phase masks are open already, and what stands at dead entries counts.
         """
         name = self.name_of(weight)
-        opened = dense and name in masked_weights(self.model)
+        opened = dense and name in self._closed
         return self._once(("diagonal", opened), lambda: self._diagonals(opened))[name]
 
     def inverse_diagonal(
@@ -128,8 +129,13 @@ class CurvatureSource:
             n for n, p in self.model.named_parameters() if p.is_floating_point()
         ]
 
+    @property
+    def _closed(self) -> list[str]:
+        """Masked weights that no resurrection phase has opened."""
+        return [name for name, weight in masked_weights(self.model).items() if not weight.open]
+
     def _diagonals(self, opened: bool) -> Mapping[str, Tensor]:
-        operator = self.operator(Support.DENSE if opened else None)
+        operator = self.operator(Support.DENSE, self._closed) if opened else self.operator()
         return operator.space.split(operator.diag(self.method, self.samples))
 
     def _inverses(self, damping: float, block: int, fisher_batch: int) -> Mapping[str, Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxsparse.graph.tree import modules_of, parameters_of
+from fxsparse.graph.tree import parameters_of
 from fxsparse.graph.writes import NoticingWrites, ParameterWrites
 from fxsparse.nn import masked_weights
 
@@ -21,16 +21,20 @@ _CONTAINERS = frozenset({*_DICTS, list, set, deque})
 
 
 @contextlib.contextmanager
-def kept_attributes(model: nn.Module) -> Iterator[None]:
+def kept_attributes(model: nn.Module, modules: Iterable[nn.Module] | None = None) -> Iterator[None]:
     """Give back every attribute of every module, buffers among them; always, also what a run wrote in place.
 
     Lists, dicts, sets and deques get their contents back, whatever lies in them, and tensors their values. Parameters
     and the masks beside them stay as they are; so do tensors with a graph, numpy arrays and objects of other kinds.
+
+    Args:
+        model: The model.
+        modules: All of its modules, where they are known already.
     """
     own = {id(buffer) for weight in masked_weights(model).values() for buffer in weight.buffers}
     containers: dict[int, tuple[Any, Any]] = {}
     tensors: dict[int, tuple[Tensor, int, Tensor]] = {}
-    for _, module in modules_of(model):
+    for module in model.modules() if modules is None else modules:
         if _is_plain(module):  # nothing inside of its attributes changes
             containers[id(module.__dict__)] = module.__dict__, module.__dict__.copy()
         else:

@@ -88,8 +88,13 @@ class CrossEntropy(OutputLoss):
         if y is None:
             raise DataError("the empirical Fisher needs targets: give (inputs, targets)")
         axis = self.axis(z, y)
-        t = self._targets(z, y)
         p = _last(z, axis).softmax(-1)
+        if not (y.is_floating_point() or self.label_smoothing or self.weight is not None):
+            _check_labels(y, z.shape[axis], self.ignore_index)
+            known = (y != self.ignore_index)[..., None]
+            found: Tensor = (known * p).scatter_add(-1, (known * y[..., None]).long(), -known.to(p.dtype))
+            return found.movedim(-1, axis)
+        t = self._targets(z, y)
         return (t.sum(-1, keepdim=True) * p - t).movedim(-1, axis)
 
     def hessian_product(self, z: Tensor, y: Any, v: Tensor) -> Tensor:
@@ -229,8 +234,8 @@ def _rest_of_largest(x: Tensor, p: Tensor | None = None) -> Tensor:
 def _check_labels(y: Tensor, classes: int, ignored: int) -> None:
     if torch._C._functorch.peek_interpreter_stack() is not None:  # values cannot be read under a transform
         return
-    wrong = (y != ignored) & ((y < 0) | (y >= classes))
-    if bool(wrong.any()):
+    outside = (y < 0) | (y >= classes)
+    if bool(outside.any()) and bool((wrong := outside & (y != ignored)).any()):
         raise DataError(f"label {int(y[wrong][0])} is no class of {classes}: labels run from 0, or are {ignored}")
 
 

@@ -33,7 +33,6 @@ from fxsparse.curvature.taps_pass import Part, TapPass, read_once
 from fxsparse.curvature.taps_rules import RULES
 from fxsparse.curvature.taps_site import Site, names_of
 from fxsparse.errors import DataError
-from fxsparse.graph.inputs import tensors_of
 
 _TRAILS = 4096
 _FAILS = (RuntimeError, DataError, TypeError, AttributeError, ValueError, IndexError)
@@ -152,8 +151,8 @@ class Taps:
         others = self.others if values is None else [p for p in self.model.parameters() if id(p) not in self._wanted]
         mode = TapMode(self.parameters, others, RULES, receive, layouts, values, watched, trails)
         mode.outputs = {} if outputs else None
-        args, kwargs = batch.fresh()
-        for tensor in tensors_of((args, kwargs)):
+        args, kwargs, tensors = batch.copied()
+        for tensor in tensors:
             mode.data(tensor)
         try:
             with mode:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
@@ -42,9 +42,16 @@ def rng_fingerprint() -> bytes:
 
 
 @contextmanager
-def mode_of(model: nn.Module, training: bool) -> Iterator[None]:
-    """Set the training flag of every module of `model`, without calling `train`, and restore each on leaving."""
-    before = [(module, _flag(module)) for _, module in modules_of(model)]
+def mode_of(model: nn.Module, training: bool, modules: Sequence[nn.Module] | None = None) -> Iterator[None]:
+    """Set the training flag of every module of `model`, without calling `train`, and restore each on leaving.
+
+    Args:
+        model: the model.
+        training: the flag.
+        modules: all of its modules, where they are known already.
+    """
+    known = [module for _, module in modules_of(model)] if modules is None else modules
+    before = [(module, _flag(module)) for module in known]
     try:
         for module, flag in before:
             if flag is not training:

@@ -119,6 +119,11 @@ class MaskedWeight:
         return alive_of(*self.owners[0])
 
     @property
+    def open(self) -> bool:
+        """Whether a resurrection phase has opened the mask, so that the model reads dead entries too."""
+        return any(slots_of(module)[attribute].open for module, attribute in self.owners)
+
+    @property
     def spec(self) -> MaskSpec:
         """The spec of the mask at its first owner."""
         module, attribute = self.owners[0]
@@ -178,6 +183,8 @@ def masked_weights(model: nn.Module) -> dict[str, MaskedWeight]:
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"`model` (={type(model).__name__}) must be a torch.nn.Module")
+    if not any(slots_of(module) for module in model.modules()):
+        return {}
     found = {}
     for places in _places(model):
         owners = _masked_owners(places)

@@ -81,11 +81,23 @@ def test_moments_side_by_side_are_those_of_each(
     assert set(both) == set(second)
     for name, each in theirs.items():
         same(both[name], mine[name].merge(each) if name in mine else each)
+    again = merged(both, both)
+    for name, each in both.items():
+        same(again[name], each.merge(each))
+
+
+def test_batches_of_other_sizes_are_merged_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many samples there are, the entries lie in the same blocks, so that none is taken out of its own."""
+    monkeypatch.setattr(collector_blocks, "_ALONE", 60)
+    one, two = moments_of(values(0), None), moments_of({k: each[:2] for k, each in values(10).items()}, None)
+    assert (both := one.merge(two)) is not None
+    for name, each in two.items():
+        same(both[name], one[name].merge(each))
 
 
 def test_entries_that_saw_other_units_are_merged_each_by_its_own_numbers() -> None:
     """Of "b" two batches were seen before, of the others one; and the spread of "c" is not known."""
-    one, two = moments_of(values(0), None), moments_of(values(10), None)
+    one, two = dict(moments_of(values(0), None)), moments_of(values(10), None)
     one["b"] = one["b"].merge(two["b"])
     one["c"] = Moments.of_sum(values(0)["c"].sum(0), 6, 6.0)
     del one["d"]

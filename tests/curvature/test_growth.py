@@ -263,6 +263,30 @@ def test_resu_trains_and_revives_by_the_saliencies_that_it_is_given() -> None:
     assert set(asked) == set(NAMES)
 
 
+def test_resu_takes_the_fisher_diagonal_of_the_weights_that_it_trains() -> None:
+    """In its phase the model reads what stands at dead entries; at other times masks are opened for the diagonal."""
+    model, x = network()
+    batch = (x, torch.arange(8))
+    source = CurvatureSource(model, "cross_entropy", [batch], method="exact")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    first, seen = fxsparse.nn.masked_weights(model)[NAMES[0]], set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # so short a training teaches theta little
+        fxsparse.attach(model, optimizer, with_saliencies(RESU(0.5), drop=FisherDiagonal(source)), total_steps=32)
+        for _ in range(32):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), batch[1]).backward()
+            optimizer.step()
+            seen.add(first.open)
+            plain = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 12)).double()
+            plain.load_state_dict({name: value.detach() for name, value in model.named_parameters()})
+            other = CurvatureSource(plain, "cross_entropy", [batch], method="exact")
+            for name in NAMES:
+                expected = other.diagonal(plain.get_parameter(name))
+                torch.testing.assert_close(source.diagonal(model.get_parameter(name), dense=True), expected)
+    assert seen == {True, False}
+
+
 def test_growth_that_cannot_be_is_refused() -> None:
     source = CurvatureSource(network()[0], "cross_entropy", [])
     with pytest.raises(ConfigError, match="`alpha` .=0.0. must be positive with `grow`"):
