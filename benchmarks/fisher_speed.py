@@ -1,7 +1,8 @@
 """What does the Fisher cost? One collection, in units of one forward and backward pass of the same model.
 
 Run: python benchmarks/fisher_speed.py [--seconds 2] [--peers] [--memory]
-Variants, interleaved in one process, one thread; the least processor time of each, as a multiple of the unit:
+Variants, interleaved in one process, one thread, freed memory kept (see steady_memory.py); the least processor time of
+each, as a multiple of the unit:
   step               forward and backward with all gradients: the unit
   group <kind>       `FisherCollector.update`, groups by module type; it is all that is needed beside the step
   element <kind>     the same with every entry a group, without variances
@@ -23,6 +24,7 @@ from collections.abc import Callable
 import curvature_peers
 import torch
 import torch.nn.functional as F
+from steady_memory import keep_freed_memory, plain_environment
 from torch import Tensor, nn
 
 from fxsparse.curvature import FisherCollector
@@ -156,9 +158,8 @@ def memory() -> None:
     folder = __file__.rpartition("/")[0]
     results = {}
     for what in ("step", "collect", "both", "taps"):
-        done = subprocess.run(
-            [sys.executable, "-c", _MEMORY.format(folder=folder), what], capture_output=True, text=True, check=True
-        )
+        command = [sys.executable, "-c", _MEMORY.format(folder=folder), what]
+        done = subprocess.run(command, env=plain_environment(), capture_output=True, text=True, check=True)
         results[what] = [float(value) for value in done.stdout.split()]
     step, values = results["step"][0], results["collect"]
     print(f"\n{values[1] / 1e6:.0f} M parameters, peak memory of two steps {step:.0f} MiB")
@@ -173,6 +174,7 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--memory", action="store_true")
     options = parser.parse_args()
+    keep_freed_memory()
     torch.set_num_threads(1)
     for title, (make, inputs) in MODELS.items():
         torch.manual_seed(0)
