@@ -114,11 +114,13 @@ class Reading:
         axis: the axis of its output channels; "leading" for a transposed convolution.
         conv_groups: of a transposed convolution.
         tokens: whether it is a table of rows that are looked up.
+        padding: the row of a table that no gradient reaches.
     """
 
     axis: int | str = 0
     conv_groups: int = 1
     tokens: bool = False
+    padding: int | None = None
 
 
 def groupings_of(
@@ -135,7 +137,8 @@ def groupings_of(
         names: which ones, by first name.
         groups: "auto" by the type of the module, "element", or a rule.
         heads: declared attention layouts, which come before "auto".
-        readings: how operators read the parameters, for modules of unknown types.
+        readings: how operators read the parameters, for modules of unknown types, and to tell whether a table's padding
+            row is read elsewhere; a parameter that is read in several ways is left out.
 
     Raises:
         ConfigError: a declared layout does not fit or names no parameter.
@@ -148,10 +151,7 @@ def groupings_of(
             if name not in known:
                 raise ConfigError(f"`{name}` of the declared heads is no parameter of the model")
     places = _places(model)
-    return {
-        name: _of(name, places[id(known[name])], known[name], groups, declared, (readings or {}).get(name))
-        for name in names
-    }
+    return {name: _of(name, places[id(known[name])], known[name], groups, declared, readings) for name in names}
 
 
 def check_groups(groups: str | GroupRule) -> None:
@@ -191,7 +191,7 @@ def _of(
     parameter: Tensor,
     groups: str | GroupRule,
     heads: tuple[Heads, ...],
-    reading: Reading | None,
+    readings: Mapping[str, Reading] | None,
 ) -> tuple[Grouping, ...]:
     shape = tuple(parameter.shape)
     if not isinstance(groups, str):
@@ -214,11 +214,24 @@ def _of(
                 return declared
     if len(shape) <= 1:
         return (element(shape),)
+    reading = None if readings is None else readings.get(name)
+    row = _padding_row(places)
+    if row is not None and (readings is None or (reading is not None and reading.padding == row)):
+        return (_vocabulary(shape, row),)
     for place in places:
         typed = _by_type(place, shape)
         if typed is not None:
             return typed
     return (_by_reading(name, shape, places[0].owner, reading),)
+
+
+def _padding_row(places: list[_Place]) -> int | None:
+    """The padding row of all embeddings that hold a table; None where they differ, or others hold it too."""
+    rows = set()
+    for place in places:
+        known = isinstance(place.owner, nn.Embedding | nn.EmbeddingBag)
+        rows.add(place.owner.padding_idx if known else None)
+    return rows.pop() if len(rows) == 1 else None
 
 
 def _by_type(place: _Place, shape: tuple[int, ...]) -> tuple[Grouping, ...] | None:
@@ -238,7 +251,7 @@ def _by_type(place: _Place, shape: tuple[int, ...]) -> tuple[Grouping, ...] | No
     if isinstance(owner, (nn.Linear, _ConvNd)):
         return (slices("channel", shape),)
     if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
-        return (_vocabulary(shape, owner.padding_idx),)
+        return (_vocabulary(shape, None),)
     if isinstance(owner, (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)):
         return (element(shape),)
     return None
@@ -253,7 +266,7 @@ def _by_reading(name: str, shape: tuple[int, ...], owner: nn.Module, reading: Re
         )
         return element(shape)
     if reading.tokens:
-        return _vocabulary(shape, None)
+        return _vocabulary(shape, reading.padding)
     if reading.axis == "leading":
         return _transposed(shape, reading.conv_groups)
     assert isinstance(reading.axis, int)

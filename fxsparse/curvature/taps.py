@@ -186,6 +186,12 @@ class Taps:
             self.refused = dict.fromkeys(self.parameters, f"its operators cannot be tapped ({error})")
             self.broken = True
             return
+        if not self._is_the_model(few, made.z):
+            self.refused = dict.fromkeys(
+                self.parameters, "the model's outputs are others when its operators are tapped"
+            )
+            self.broken = True
+            return
         self.signatures = [site.signature for site in made.mode.sites]
         self.trails = set(made.mode.path.trails)
         self.refused = dict(made.mode.uncovered)
@@ -195,7 +201,15 @@ class Taps:
                 self.refused.update(dict.fromkeys(names_of(site), reason))
         self._compare(made, cotangent, references)
         self._compare_idle(few, cotangent, references)
-        self.readings = readings_of(made.mode.sites, self.parameters)
+        self.readings = readings_of(made.mode.sites, self.parameters, self.refused)
+
+    @torch.no_grad()
+    def _is_the_model(self, few: FisherBatch, z: Tensor) -> bool:
+        """Whether the outputs with taps are the model's, up to rounding."""
+        args, kwargs = few.fresh()
+        own = self.output(self.model(*args, **kwargs))
+        bound = 100 * torch.finfo(own.dtype).eps ** 0.75 * float(own.abs().max()) if own.numel() else 0.0
+        return own.shape == z.shape and not bool(((z - own).abs() > bound).any())
 
     def _find_layouts(self, few: FisherBatch, cotangent: Tensor) -> None:
         """The layouts of each site in which nothing of one sample lies at another.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fxsparse.curvature.groups_types import Reading
-from fxsparse.curvature.taps_formulas import ConvWeight, EmbeddingWeight, LinearWeight
+from fxsparse.curvature.taps_formulas import ConvWeight, EmbeddingWeight, Formula, LinearWeight
 from fxsparse.curvature.taps_layout import Layout, candidates, consistent
 from fxsparse.curvature.taps_pass import TapPass
 from fxsparse.curvature.taps_site import Site
@@ -57,23 +57,45 @@ def layouts_of(site: Site, samples: int) -> list[Layout]:
     return candidates(site.shape, axes, samples)
 
 
-def readings_of(sites: list[Site], parameters: Mapping[str, Tensor]) -> dict[str, Reading]:
-    """How each parameter is read, where that is the same everywhere and its shape is kept."""
+def readings_of(
+    sites: list[Site], parameters: Mapping[str, Tensor], refused: Collection[str] = ()
+) -> dict[str, Reading]:
+    """How each parameter is read, where that is the same everywhere and its shape is kept.
+
+    Args:
+        sites: all of them.
+        parameters: by name.
+        refused: those with reads that are no site.
+    """
     found: dict[str, set[Reading]] = {}
+    elsewhere = set(refused)
     for site in sites:
         for operand in site.operands:
-            formula = operand.formula
+            reading = _reading(operand.formula)
             for name in operand.source.names:
-                if tuple(parameters[name].shape) != tuple(formula.shape):
-                    continue
-                if isinstance(formula, LinearWeight):
-                    found.setdefault(name, set()).add(Reading(1 if formula.transposed else 0))
-                elif isinstance(formula, ConvWeight):
-                    spec = formula.spec
-                    found.setdefault(name, set()).add(Reading("leading", spec.groups) if spec.transposed else Reading())
-                elif isinstance(formula, EmbeddingWeight):
-                    found.setdefault(name, set()).add(Reading(tokens=True))
-    return {name: readings.pop() for name, readings in found.items() if len(readings) == 1}
+                if reading is None or tuple(parameters[name].shape) != tuple(operand.formula.shape):
+                    elsewhere.add(name)
+                else:
+                    found.setdefault(name, set()).add(reading)
+    common = {name: _common(readings, name in elsewhere) for name, readings in found.items()}
+    return {name: reading for name, reading in common.items() if reading is not None}
+
+
+def _reading(formula: Formula) -> Reading | None:
+    if isinstance(formula, LinearWeight):
+        return Reading(1 if formula.transposed else 0)
+    if isinstance(formula, ConvWeight):
+        return Reading("leading", formula.spec.groups) if formula.spec.transposed else Reading()
+    if isinstance(formula, EmbeddingWeight):
+        return Reading(tokens=True, padding=None if formula.padding is None else formula.padding % formula.shape[0])
+    return None
+
+
+def _common(readings: set[Reading], elsewhere: bool) -> Reading | None:
+    """The one reading; of tables of which a padding row is read elsewhere, the one without it."""
+    if all(each.tokens for each in readings) and (elsewhere or len(readings) > 1):
+        return Reading(tokens=True)
+    return next(iter(readings)) if len(readings) == 1 else None
 
 
 @dataclass(eq=False)

@@ -108,7 +108,8 @@ def _conv(mode: TapMode, name: str, func: Callable[..., Any], args: _Args, kwarg
     x, weight, bias = given["input"], given["weight"], given.get("bias")
     if mode.source(x) is not None or weight.ndim < 3 or x.ndim != weight.ndim:
         return NotImplemented
-    y = func(x, mode.plain(weight), mode.plain(bias), *(given[k] for k in ("stride", "padding", *last) if k in given))
+    options = {key: given[key] for key in ("stride", "padding", *last) if key in given}
+    y = func(x, mode.plain(weight), mode.plain(bias), **options)
     dims = weight.ndim - 2
     dilation = _each(given.get("dilation", 1), dims)
     held, padding = x.detach(), given.get("padding", 0)
@@ -184,7 +185,9 @@ def _bare_batch_norm(x: Tensor, **given: Any) -> Tensor:
 def _batch_norm(mode: TapMode, name: str, func: Callable[..., Any], args: _Args, kwargs: _Kwargs) -> Any:
     names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
     given = _bound(names, args, kwargs)
-    if given.get("training") or given.get("running_mean") is None:
+    if (
+        func is not F.batch_norm or given.get("training") or given.get("running_mean") is None
+    ):  # torch's has other names
         return NotImplemented
     return _norm(_bare_batch_norm, names, trailing=False)(mode, name, func, (), given)
 
@@ -192,7 +195,8 @@ def _batch_norm(mode: TapMode, name: str, func: Callable[..., Any], args: _Args,
 def _instance_norm(mode: TapMode, name: str, func: Callable[..., Any], args: _Args, kwargs: _Kwargs) -> Any:
     names = ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps")
     given = _bound(names, args, kwargs)
-    if given.get("running_mean") is not None and given.get("use_input_stats", True):
+    own = given.get("running_mean") is not None and given.get("use_input_stats", True)
+    if func is not F.instance_norm or own:
         return NotImplemented
     return _norm(F.instance_norm, names, trailing=False)(mode, name, func, (), given)
 
@@ -219,7 +223,7 @@ def _elementwise_sum(mode: TapMode, name: str, func: Any, held: Tensor, x: Tenso
 def _embedding(mode: TapMode, name: str, func: Callable[..., Any], args: _Args, kwargs: _Kwargs) -> Any:
     names = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
     given = _bound(names, args, kwargs)
-    if given.get("max_norm") is not None or given.get("scale_grad_by_freq"):
+    if func is not F.embedding or given.get("max_norm") is not None or given.get("scale_grad_by_freq"):
         return NotImplemented
     ids, weight = given["input"], given["weight"]
     padding = given.get("padding_idx")

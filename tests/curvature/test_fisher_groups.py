@@ -82,6 +82,52 @@ def test_vocabularies() -> None:
     assert short.members[50] == 2 and short.members.sum() == 100_002
 
 
+class TiedTables(nn.Module):
+    """A table with a padding row, which another use reads too."""
+
+    def __init__(self, use: str) -> None:
+        super().__init__()
+        self.use, self.table, self.head = use, nn.Embedding(5, 6, padding_idx=0), nn.Linear(6, 5, bias=False)
+        self.register_buffer("scale", torch.randn(5, 6))
+        if use == "module":
+            self.head.weight = self.table.weight
+        if use == "other table":
+            self.other = nn.Embedding(5, 6)
+            self.other.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.table(ids).mean(1).tanh()
+        if self.use == "function":
+            return nn.functional.linear(h, self.table.weight)
+        if self.use == "table without padding":
+            h = h + nn.functional.embedding(ids, self.table.weight).sum(1).tanh()
+        if self.use == "other table":
+            h = h + self.other(ids).sum(1).tanh()
+        if self.use == "expression":
+            h = h + (self.table.weight * self.scale).sum(0)
+        if self.use == "several operands":
+            h = h + torch.einsum("nd,vd,vd->nd", h, self.table.weight, self.scale)
+        return self.head(h)
+
+
+@pytest.mark.filterwarnings("ignore:.*is collected by per-sample gradients")
+@pytest.mark.parametrize(
+    "use", ["module", "function", "table without padding", "other table", "expression", "several operands", "alone"]
+)
+def test_a_padding_row_counts_where_another_use_reads_it(use: str) -> None:
+    torch.manual_seed(0)
+    model = TiedTables(use).double()
+    batch = torch.tensor([[0, 1, 2], [3, 0, 0], [1, 1, 4]]), torch.tensor([0, 2, 4])
+    collectors = [FisherCollector(model, groups=groups) for groups in ("auto", "element")]
+    for collector in collectors:
+        collector.update(batch)
+    grouped = collectors[0].get()["default|table.weight|token"]
+    rows = collectors[1].get()["default|table.weight|element"].sum(1)
+    assert torch.allclose(grouped, rows, rtol=1e-12) and bool(rows[0] > 0) is (use != "alone")
+    expanded = collectors[0].parameters()["table.weight"]
+    assert torch.allclose(expanded.sum(1), rows, rtol=1e-12)
+
+
 def test_large_vocabularies_are_collected_in_buckets() -> None:
     torch.manual_seed(0)
     model = Fn(lambda s, x: s.head(s.e(x).sum(1)), e=nn.Embedding(50_001, 2), head=nn.Linear(2, 3)).double()
