@@ -207,17 +207,10 @@ def _prelu(mode: TapMode, name: str, func: Callable[..., Any], args: _Args, kwar
     source = mode.source(weight)
     if source is None or mode.source(x) is not None or weight.ndim != 1 or x.ndim < 2:
         return NotImplemented
-    held, features = x.detach(), (1,)
-    shape = tuple(weight.shape)
-    if shape == (1,):
-        return _elementwise_sum(mode, name, func, held, x, source)
-    return mode.tap(
-        name, func(x, source.plain), [(source, Summed(shape, features, lambda: held.clamp_max(0)))], (held,)
-    )
-
-
-def _elementwise_sum(mode: TapMode, name: str, func: Any, held: Tensor, x: Tensor, source: Any) -> Any:
-    return mode.tap(name, func(x, source.plain), [(source, Summed((1,), (), lambda: held.clamp_max(0)))], (held,))
+    held, shape = x.detach(), tuple(weight.shape)
+    features = () if shape == (1,) else (1,)
+    formula = Summed(shape, features, lambda: held.clamp_max(0))
+    return mode.tap(name, func(x, source.plain), [(source, formula)], (held,))
 
 
 def _embedding(mode: TapMode, name: str, func: Callable[..., Any], args: _Args, kwargs: _Kwargs) -> Any:

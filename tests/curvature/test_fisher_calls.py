@@ -1,4 +1,4 @@
-"""The same operator called in every way that torch allows: by place, by name, in torch's namespace or in nn.functional."""
+"""The same operator in every way that torch allows: arguments by place and by name, of torch and of nn.functional."""
 
 from __future__ import annotations
 
