@@ -227,10 +227,8 @@ def _of(
 
 def _padding_row(places: list[_Place]) -> int | None:
     """The padding row of all embeddings that hold a table; None where they differ, or others hold it too."""
-    rows = set()
-    for place in places:
-        known = isinstance(place.owner, nn.Embedding | nn.EmbeddingBag)
-        rows.add(place.owner.padding_idx if known else None)
+    owners = [place.owner for place in places]
+    rows = {each.padding_idx if isinstance(each, nn.Embedding | nn.EmbeddingBag) else None for each in owners}
     return rows.pop() if len(rows) == 1 else None
 
 
