@@ -22,10 +22,11 @@ from fxsparse.curvature.fisher_squares import Entry, Squares
 from fxsparse.curvature.fisher_types import FisherType, UncoveredParameter
 from fxsparse.curvature.groups import Grouping
 from fxsparse.curvature.groups_types import GroupRule, Heads, groupings_of
+from fxsparse.curvature.losses import CallableLoss
 from fxsparse.curvature.taps import Taps, Unstable
 from fxsparse.curvature.taps_autograd import EXAMINED
 from fxsparse.curvature.taps_fallback import PerSample
-from fxsparse.curvature.taps_formulas import LinearWeight, Summed
+from fxsparse.curvature.taps_formulas import LinearWeight, Summed, wide
 from fxsparse.curvature.taps_pass import Part, TapPass
 from fxsparse.curvature.taps_site import site_of
 from fxsparse.errors import ConfigError, DataError
@@ -260,15 +261,17 @@ class Engine:
     def _one(self, piece: FisherBatch, squares: Squares, generator: torch.Generator) -> Tensor:
         made, z, slow = self._run(piece)
         recipe = self.recipe.of_next() if piece.shift else self.recipe
+        own, z = z.dtype, z if isinstance(recipe.loss, CallableLoss) else wide(z)
         y, valid = piece.aligned(recipe.loss, z)
         if not bool(valid.any()):
             return valid
         recipe.check_loss(z, y)
-        if made is not None and self._close_last(recipe, made, y, valid, squares) and not slow.parameters:
+        if made is not None and self._close_last(recipe, made, z, y, valid, squares) and not slow.parameters:
             return valid
         expand = recipe.token_method == "expand"
         try:
-            self._send(made, slow, piece, recipe.cotangents(z, y, valid, generator), squares, expand)
+            cotangents = ((each.to(own), weight) for each, weight in recipe.cotangents(z, y, valid, generator))
+            self._send(made, slow, piece, cotangents, squares, expand)
         except RuntimeError as error:
             if bool(z.isfinite().all()):
                 raise
@@ -299,12 +302,14 @@ class Engine:
                         squares.per_sample(name, g, weight, first)
         squares.close()
 
-    def _close_last(self, recipe: Recipe, made: TapPass, y: Any, valid: Tensor, squares: Squares) -> bool:
+    def _close_last(
+        self, recipe: Recipe, made: TapPass, z: Tensor, y: Any, valid: Tensor, squares: Squares
+    ) -> bool:
         """The last linear layer in closed form, H_oo |a|^2; whether nothing else is left to do."""
         site = site_of(made.z)
         if recipe.kind not in (FisherType.EXACT, FisherType.GGN) or site is None:
             return False
-        loss, z = recipe.loss, made.z.detach()
+        loss = recipe.loss
         layout = made.layouts.get(site.number)
         names = [operand.source.direct for operand in site.operands]
         linear = all(isinstance(operand.formula, (LinearWeight, Summed)) for operand in site.operands)

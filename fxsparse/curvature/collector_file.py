@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Generator, Tensor
 
 from fxsparse.curvature.collector_ranks import rank, ranks
@@ -85,7 +87,8 @@ def write(state: Mapping[str, Any], path: Path) -> None:
                 for name, tensor in entry.get(part, {}).items():
                     tensors[f"{key}|{part}|{name}"] = tensor.detach().cpu().contiguous()
         structure["tasks"][task] = {**held, "entries": entries}
-    data = save(tensors, metadata={"format": _FORMAT, "structure": json.dumps(structure)})
+    told = json.dumps(structure)
+    data = save(tensors, metadata={"format": _FORMAT, "structure": told, "sha256": _sha256(told, tensors)})
     partial = path.with_name(path.name + ".part")
     partial.write_bytes(data)
     os.replace(partial, path)
@@ -108,7 +111,17 @@ def read(path: Path) -> dict[str, Any]:
     if metadata.get("format") != _FORMAT:
         raise ConfigError(f"`path` (={path}) holds {metadata.get('format')!r}, not {_FORMAT!r}")
     with undamaged(f"`path` (={path})"):
+        if metadata.get("sha256", "") not in ("", _sha256(metadata["structure"], tensors)):  # "": of earlier versions
+            raise ValueError("its contents are not those that were written")
         return _state(json.loads(metadata["structure"]), tensors)
+
+
+def _sha256(structure: str, tensors: Mapping[str, Tensor]) -> str:
+    found = hashlib.sha256(structure.encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 @contextlib.contextmanager

@@ -79,8 +79,9 @@ def fisher_damage(
         gradient: Task A's mean gradient at the start, where it is not zero.
 
     Raises:
-        ConfigError: a Fisher or gradient is missing or of another shape, or a prediction is asked of another kind.
-        DataError: a Fisher is negative or not finite.
+        ConfigError: a Fisher or gradient is missing or of another shape, a step that is not finite, or a prediction of
+            another kind.
+        DataError: a Fisher is negative or not finite, or a direction is not finite.
 
     >>> import torch
     >>> F, g = {"w": torch.tensor([1.0, 4.0])}, {"w": torch.tensor([2.0, 1.0])}
@@ -100,6 +101,8 @@ def fisher_damage(
     value = math.fsum(each.values())
     predicted = None
     if step is not None:
+        if not math.isfinite(step):
+            raise ConfigError(f"`step` (={step}) must be a finite number")
         if chosen is not DamageKind.QUADRATIC:
             raise ConfigError(f"`step` (={step}) predicts a loss from quadratic damage only, not from {chosen.value!r}")
         slope = 0.0 if gradient is None else _inner(gradient, direction)

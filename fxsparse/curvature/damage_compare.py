@@ -65,9 +65,12 @@ def mask_overlap(a: Mapping[str, Tensor | Mask] | Tensor, b: Mapping[str, Tensor
     >>> mask_overlap(A, B).jaccard
     0.5
     """
+    first_shapes, second_shapes = _shapes(a), _shapes(b)
+    for name in sorted({*first_shapes, *second_shapes}):
+        if first_shapes.get(name) != second_shapes.get(name):
+            shapes = f"{first_shapes.get(name, 'missing')} and {second_shapes.get(name, 'missing')}"
+            raise ConfigError(f"masks `{name}` (={shapes}) do not match; compare the same weights")
     one, other = _flat(a), _flat(b)
-    if _names(a) != _names(b) or one.shape != other.shape:
-        raise ConfigError(f"masks of {one.numel()} and {other.numel()} entries do not match; compare the same weights")
     shared, either = int((one & other).sum()), int((one | other).sum())
     first, second, size = int(one.sum()), int(other.sum()), max(one.numel(), 1)
     p, q = first / size, second / size
@@ -130,8 +133,9 @@ def _cosine(x: Tensor, y: Tensor) -> float:
     return float(x @ y) / norms if norms else 0.0
 
 
-def _names(mask: Mapping[str, Tensor | Mask] | Tensor) -> set[str]:
-    return set() if isinstance(mask, Tensor) else set(mask)
+def _shapes(mask: Mapping[str, Tensor | Mask] | Tensor) -> dict[str, tuple[int, ...]]:
+    given = {"": mask} if isinstance(mask, Tensor) else mask
+    return {name: tuple((each.tensor if isinstance(each, Mask) else each).shape) for name, each in given.items()}
 
 
 def _flat(mask: Mapping[str, Tensor | Mask] | Tensor) -> Tensor:

@@ -17,9 +17,12 @@ def matched(fisher: Tensors, others: Tensors, what: str) -> list[tuple[str, Floa
     """(name, F, other), both float64, for each entry of `others`.
 
     Raises:
-        ConfigError: a Fisher is missing, or of another shape (a group Fisher has to be expanded first).
-        DataError: a Fisher is negative or not finite.
+        ConfigError: no mappings of tensors, or a Fisher is missing or of another shape (a group Fisher has to be
+            expanded first).
+        DataError: a Fisher is negative or not finite, or one of the others is not finite.
     """
+    check_tensors(fisher, "fisher")
+    check_tensors(others, what)
     found = []
     for name, other in others.items():
         if name not in fisher:
@@ -33,8 +36,21 @@ def matched(fisher: Tensors, others: Tensors, what: str) -> list[tuple[str, Floa
                 f"`fisher` of `{name}` (={tuple(own.shape)}) must have the shape of `{what}`, {tuple(other.shape)}; "
                 "expand group values to their elements first, each the group's sum over its size"
             )
-        found.append((name, checked(name, own), other.detach().double().to(own.device)))
+        wide = other.detach().double().to(own.device)
+        bad = int((~wide.isfinite()).sum())
+        if bad:
+            raise DataError(f"`{what}` has {bad} values at `{name}` that are not finite")
+        found.append((name, checked(name, own), wide))
     return found
+
+
+def check_tensors(given: object, what: str) -> None:
+    """Raise ConfigError unless it is a mapping of names to tensors."""
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"`{what}` (={type(given).__name__}) must be a mapping of names to tensors")
+    for name, each in given.items():
+        if not isinstance(each, Tensor):
+            raise ConfigError(f"`{what}` has a {type(each).__name__} at {name!r}, which must be a tensor")
 
 
 def checked(name: str, fisher: Tensor) -> Float[Tensor, "*shape"]:
@@ -50,4 +66,5 @@ def pooled(tensors: Tensors) -> Float[Tensor, " n"]:
     """All values in one float64 vector, checked to be finite and not negative."""
     if not tensors:
         raise ConfigError("`fisher` (=empty) must have at least one entry")
+    check_tensors(tensors, "fisher")
     return torch.cat([checked(name, each).reshape(-1).cpu() for name, each in tensors.items()])

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fxsparse.curvature.collector_file import undamaged
 from fxsparse.curvature.damage_tensors import Tensors, matched
 from fxsparse.curvature.operator_space import own_parameters
 from fxsparse.errors import ConfigError
@@ -127,11 +128,22 @@ class EWC:
         """Go on where a saved one was.
 
         Raises:
-            ConfigError: another version.
+            ConfigError: another version, or a damaged state; nothing has changed then.
+            DataError: a Fisher is negative or not finite.
         """
-        if state_dict.get("version") != 1:
-            raise ConfigError(f"`state_dict` (=version {state_dict.get('version')}) must be of version 1")
-        self._anchors = {t: _Anchor(a["fisher"], a["point"]) for t, a in state_dict["anchors"].items()}
+        version = state_dict.get("version") if isinstance(state_dict, Mapping) else None
+        if version != 1:
+            raise ConfigError(f"`state_dict` (=version {version}) must be of version 1")
+        with undamaged("`state_dict`"):
+            self._anchors = {task: _restored(task, dict(held)) for task, held in state_dict["anchors"].items()}
+
+
+def _restored(task: Any, held: dict[str, Any]) -> _Anchor:
+    fisher, point = dict(held.pop("fisher")), dict(held.pop("point"))
+    if not isinstance(task, str) or not task or held or fisher.keys() != point.keys():
+        raise ValueError(f"task {task!r} must have a Fisher and a point of the same parameters, and nothing else")
+    pairs = matched(fisher, point, "point")
+    return _Anchor({name: fisher[name].clone() for name, _, _ in pairs}, {n: each.clone() for n, each in point.items()})
 
 
 def _held(model: nn.Module, names: Iterable[str], what: str = "fisher") -> dict[str, nn.Parameter]:

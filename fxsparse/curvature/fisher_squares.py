@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxsparse.curvature.fisher_types import UncoveredParameter
 from fxsparse.curvature.groups import Grouping
-from fxsparse.curvature.taps_formulas import EmbeddingWeight, LinearWeight, Summed
+from fxsparse.curvature.taps_formulas import EmbeddingWeight, LinearWeight, Summed, wide
 from fxsparse.curvature.taps_pass import Part, TapPass
 
 Entry = tuple[str, str]
@@ -93,7 +93,7 @@ class Squares:
     def per_sample(self, name: str, g: Tensor, weight: float, first: int) -> None:
         """Add what follows from gradients [n, *shape] of the samples from `first` on."""
         mask = self.masks.get(name)
-        squares = (g if mask is None else g * mask).square()
+        squares = wide(g if mask is None else g * mask).square()
         for grouping in self.groupings[name]:
             self.add(name, grouping, grouping.reduce(squares), weight, first)
 
@@ -144,11 +144,11 @@ class Squares:
             formula = part.operand.formula
             mask = None if self.dense else self.masks.get(name, part.operand.source.mask)
             if isinstance(formula, LinearWeight):
-                x = part.layout.rows(formula.x, self.samples)[:, 0].square()
+                x = wide(part.layout.rows(formula.x, self.samples)[:, 0]).square()
                 u = x.T @ squares if formula.transposed else squares.T @ x
             else:
                 assert isinstance(formula, Summed)
-                factor = None if formula.factor is None else formula.factor().square_()
+                factor = None if formula.factor is None else wide(formula.factor()).square_()
                 u = (squares if factor is None else squares * factor).sum(0)
             u = u if mask is None else u * mask
             for grouping in self.groupings[name]:
@@ -175,7 +175,7 @@ class Squares:
         for first in range(0, made.samples, step):
             last = min(first + step, made.samples)
             g = made.per_sample(name, parts, first, last, self.dense)
-            squares = (g if mask is None else g * mask).square()
+            squares = wide(g if mask is None else g * mask).square()
             for grouping in groupings:
                 self.add(name, grouping, grouping.reduce(squares), weight, first)
 
@@ -193,7 +193,7 @@ class Squares:
 def _one_expanded(part: Part, samples: int, n: int) -> Tensor:
     formula = part.operand.formula
     if isinstance(formula, LinearWeight):
-        x, d = part.layout.rows(formula.x, samples)[n].square(), part.layout.rows(part.delta, samples)[n].square()
+        x, d = wide(part.layout.rows(formula.x, samples)[n]).square(), part.layout.rows(part.delta, samples)[n].square()
         return x.T @ d if formula.transposed else d.T @ x
     if isinstance(formula, Summed):
         return formula.unsummed(part.delta, part.layout, samples)[n].square().sum(0)

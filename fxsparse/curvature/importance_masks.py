@@ -98,8 +98,8 @@ def top_fisher_directions(fisher: Tensors, k: int) -> TopDirections:
     ((('w', 0), ('w', 2)), 0.9)
     """
     values = pooled(fisher)
-    if not 1 <= k <= values.numel():
-        raise ConfigError(f"`k` (={k}) must be from 1 to the {values.numel()} entries")
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= values.numel():
+        raise ConfigError(f"`k` (={k!r}) must be an integer from 1 to the {values.numel()} entries")
     chosen = top_k(values, k).nonzero()[:, 0]
     order = values[chosen].sort(descending=True, stable=True).indices
     index = chosen[order]

@@ -38,8 +38,9 @@ def fisher_uncertainty(fisher: Tensors, gradient: Tensors, samples: int, prior: 
         prior: l, the prior precision, positive.
 
     Raises:
-        ConfigError: a missing or mis-shaped Fisher (nothing is left out), N below 1, or a prior that is not positive.
-        DataError: a Fisher is negative or not finite.
+        ConfigError: a missing or mis-shaped Fisher or gradient (nothing is left out), N below 1, or a prior that is not
+            positive.
+        DataError: a Fisher is negative or not finite, or a gradient is not finite.
 
     >>> import torch
     >>> t = lambda *values: {"w": torch.tensor(values)}
@@ -48,5 +49,8 @@ def fisher_uncertainty(fisher: Tensors, gradient: Tensors, samples: int, prior: 
     """
     if samples < 1 or not prior > 0:
         raise ConfigError(f"`samples` (={samples}) must be at least 1 and `prior` (={prior}) positive")
+    left = [name for name in fisher if name not in gradient]
+    if left:
+        raise ConfigError(f"`gradient` has no entry for `{left[0]}` of `fisher`: give it, or zeros where s ignores it")
     each = {n: float((g.square() / (samples * f + prior)).sum()) for n, f, g in matched(fisher, gradient, "gradient")}
     return Uncertainty(math.fsum(each.values()), each)

@@ -68,10 +68,15 @@ class CrossEntropy(OutputLoss):
         )
 
     def valid(self, z: Tensor, y: Tensor | None) -> Tensor:
-        """Which units have a label other than `ignore_index`."""
-        self.axis(z, y)
+        """Which units have a label other than `ignore_index`.
+
+        Raises:
+            DataError: a label is no class.
+        """
+        axis = self.axis(z, y)
         if y is None or y.is_floating_point():
             return super().valid(z, y)
+        _check_labels(y, z.shape[axis], self.ignore_index)
         return y != self.ignore_index
 
     def columns(self, z: Tensor, y: Tensor | None) -> int:

@@ -49,8 +49,8 @@ def fisher_weighted_merge(
         New tensors by name, in the first model's dtypes.
 
     Raises:
-        ConfigError: missing names, other shapes, or weights that cannot be used.
-        DataError: a Fisher is negative or not finite.
+        ConfigError: missing names, other shapes, weights that cannot be used, or a mask of no parameter.
+        DataError: a Fisher is negative or not finite, or a parameter is not finite.
 
     >>> t = lambda value: {"w": torch.tensor([value])}
     >>> fisher_weighted_merge([t(1.0), t(5.0)], [t(3.0), t(1.0)])["w"]
@@ -65,6 +65,8 @@ def fisher_weighted_merge(
     if masks is not None and len(masks) != len(models):
         raise ConfigError(f"`masks` (={len(masks)}) must be as many as `models` (={len(models)})")
     chosen = _rule(rule)
+    for number, mask in enumerate(masks or ()):
+        _check_mask(mask, models[number], number)
     for number, model in enumerate(models):
         if set(model) != set(models[0]):
             name = sorted(set(model) ^ set(models[0]))[0]
@@ -104,6 +106,17 @@ def _merged(
     return torch.where(kept, mean, 0.0)
 
 
+def _check_mask(masks: Mapping[str, Tensor], model: Tensors, number: int) -> None:
+    for name, mask in masks.items():
+        if name not in model:
+            raise ConfigError(f"`masks` of model {number} names `{name}`, which is none of its parameters")
+        if not isinstance(mask, Tensor) or mask.dtype is not torch.bool or mask.shape != model[name].shape:
+            shown = f"{mask.dtype}, {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ConfigError(
+                f"`masks` of model {number} at `{name}` (={shown}) must be bool {tuple(model[name].shape)}"
+            )
+
+
 def _rule(rule: MergeMask | str) -> MergeMask:
     try:
         return MergeMask(rule)
@@ -125,7 +138,8 @@ def scale_by_fisher(
 
     Raises:
         ConfigError: a Fisher is missing or of another shape, or the exponent or damping is out of range.
-        DataError: a Fisher is negative or not finite, or is 0 without damping where it divides.
+        DataError: a Fisher is negative or not finite, a gradient is not finite, or a Fisher is 0 without damping where
+            it divides.
 
     >>> scale_by_fisher({"w": torch.tensor([2.0, 2.0])}, {"w": torch.tensor([3.0, 0.0])}, absolute=1.0)["w"]
     tensor([0.5000, 2.0000])

@@ -26,6 +26,11 @@ def gram_is_cheaper(positions: int, fan_in: int, fan_out: int) -> bool:
     return positions * (fan_in + fan_out) < fan_in * fan_out
 
 
+def wide(x: Tensor) -> Tensor:
+    """At least single precision: squares of half precision vanish below 6e-8."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 class Formula(abc.ABC):
     """How the per-sample gradients of an operand arise at one call.
 
@@ -121,12 +126,11 @@ class LinearWeight(Formula):
         return range(len(output) - 1)
 
     def _factors(self, delta: Tensor, layout: Layout, samples: int) -> tuple[Tensor, Tensor]:
-        return layout.rows(self.x, samples), layout.rows(delta, samples)
+        return wide(layout.rows(self.x, samples)), layout.rows(delta, samples)
 
     @override
     def per_sample(self, delta: Tensor, layout: Layout, samples: int, first: int, last: int) -> Tensor:
-        x, d = self._factors(delta, layout, samples)
-        x, d = x[first:last], d[first:last]
+        x, d = wide(layout.rows(self.x, samples)[first:last]), layout.rows(delta, samples)[first:last]
         return x.transpose(1, 2) @ d if self.transposed else d.transpose(1, 2) @ x
 
     @override
@@ -174,7 +178,7 @@ class ConvWeight(Formula):
         if self._as_linear():
             x, d = self._positions(delta, layout, samples)
             return (d[first:last].transpose(1, 2) @ x[first:last]).reshape(last - first, *self.shape)
-        x, d = layout.unfold(self.x, samples)[first:last], layout.unfold(delta, samples)[first:last]
+        x, d = wide(layout.unfold(self.x, samples)[first:last]), layout.unfold(delta, samples)[first:last]
         k = x.shape[1]
         g = per_sample_weight(x.flatten(0, 1), d.flatten(0, 1), self.shape, self.spec)
         return g if k == 1 else g.reshape(last - first, k, *self.shape).sum(1)
@@ -187,7 +191,7 @@ class ConvWeight(Formula):
         spec, t = self.spec, math.prod(delta.shape[2:])
         plain = spec.dims == 2 and spec.groups == 1 and not spec.transposed and self.x.shape[0] == samples
         if plain and mask is None and gram_is_cheaper(t, math.prod(self.shape[1:]), self.shape[0]):
-            x = patches(self.x, self.shape, spec).transpose(1, 2)
+            x = patches(wide(self.x), self.shape, spec).transpose(1, 2)
             return product_rows(x, delta.flatten(2).transpose(1, 2), None)
         step = max(1, _CHUNK // math.prod(self.shape))
         return torch.cat(
@@ -204,7 +208,7 @@ class ConvWeight(Formula):
         def by_position(y: Tensor) -> Tensor:
             return layout.unfold(y.flatten(2), samples).transpose(2, 3).flatten(1, 2)
 
-        return by_position(self.x), by_position(delta)
+        return by_position(wide(self.x)), by_position(delta)
 
 
 class Summed(Formula):
@@ -232,7 +236,7 @@ class Summed(Formula):
 
     def unsummed(self, delta: Tensor, layout: Layout, samples: int) -> Tensor:
         """[N, T, *shape]."""
-        p = delta if self.factor is None else delta * self.factor()
+        p = delta if self.factor is None else delta * wide(self.factor())
         ndim = p.ndim
         kept = [axis % ndim for axis in self.features]
         others = [axis for axis in range(ndim) if axis not in kept and axis != layout.axis]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from fxsparse.curvature.taps_formulas import wide
 from fxsparse.curvature.taps_layout import Layout
 from fxsparse.curvature.taps_mode import TapMode
 from fxsparse.curvature.taps_site import Operand, Site
@@ -16,12 +17,15 @@ from fxsparse.curvature.taps_site import Operand, Site
 
 @dataclass(eq=False)
 class Part:
-    """One operand of one site with the gradient that has arrived there."""
+    """One operand of one site with the gradient that has arrived there, in single precision at least."""
 
     operand: Operand
     site: Site
     layout: Layout
     delta: Tensor
+
+    def __post_init__(self) -> None:
+        self.delta = wide(self.delta)
 
 
 @dataclass(eq=False)
@@ -114,7 +118,7 @@ class TapPass:
             g = part.operand.formula.per_sample(part.delta, part.layout, self.samples, first, last)
             source = part.operand.source
             if source.direct is None:
-                g = pulled_back(source.tensor, alias, g)
+                g = wide(pulled_back(source.tensor, alias, g.to(source.tensor.dtype)))
             elif source.mask is not None and not dense:
                 g = g * source.mask
             total = g if total is None else total + g

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -294,6 +296,84 @@ def test_ewc_on_the_support_and_bad_options() -> None:
         whole.consolidate("b", {"nope": torch.ones(1)}, model)
     with pytest.raises(ConfigError):
         whole.load_state_dict({"version": 9})
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        None,
+        {},
+        {"version": 1},
+        {"version": 1, "anchors": None},
+        {"version": 1, "anchors": {"a": {}}},
+        {"version": 1, "anchors": {"a": {"fisher": {"weight": torch.ones(2)}, "point": {}}}},
+        {"version": 1, "anchors": {"a": {"fisher": {"weight": torch.ones(2)}, "point": {"weight": torch.ones(3)}}}},
+        {"version": 1, "anchors": {"a": {"fisher": {"weight": 1.0}, "point": {"weight": torch.ones(2)}}}},
+        {"version": 1, "anchors": {1: {"fisher": {}, "point": {}}}},
+        {"version": 1, "anchors": {"a": {"fisher": {}, "point": {}, "more": {}}}},
+    ],
+)
+def test_damaged_states_of_ewc(state: Any) -> None:
+    model = nn.Linear(2, 1, bias=False)
+    own = EWC(1.0)
+    own.consolidate("own", {"weight": torch.ones(1, 2)}, model)
+    with pytest.raises(ConfigError, match="`(state_dict|fisher|point)`"):
+        own.load_state_dict(state)
+    assert own.tasks == ("own",)
+    held = own.state_dict()
+    other = EWC(1.0)
+    other.load_state_dict(held)
+    held["anchors"]["own"]["fisher"]["weight"].zero_()
+    with torch.no_grad():
+        model.weight += 1.0
+    assert other.penalty(model).item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("shapes", [((2, 3), (3, 2)), ((6,), (2, 3))])
+def test_masks_of_other_shapes_do_not_overlap(shapes: tuple[tuple[int, ...], ...]) -> None:
+    one, other = ({"a": torch.ones(shape, dtype=torch.bool)} for shape in shapes)
+    with pytest.raises(ConfigError, match="masks `a`"):
+        mask_overlap(one, other)
+    full = torch.ones(4, dtype=torch.bool)
+    with pytest.raises(ConfigError, match="masks `a`"):
+        mask_overlap({"a": full[:2], "b": full}, {"a": full[:3], "b": full[:3]})
+    with pytest.raises(ConfigError, match="masks `b`.*missing"):
+        mask_overlap({"a": full, "b": full[:0]}, {"a": full})
+
+
+@pytest.mark.parametrize(
+    ("mask", "match"),
+    [
+        ({"x": torch.ones(2, dtype=torch.bool)}, "`x`, which is none"),
+        ({"w": torch.ones(2)}, r"`w` \(=torch.float32, \(2,\)\) must be bool"),
+        ({"w": torch.ones(1, dtype=torch.bool)}, r"`w` \(=torch.bool, \(1,\)\) must be bool \(2,\)"),
+        ({"w": [True, False]}, r"`w` \(=list\)"),
+    ],
+)
+def test_merging_by_masks_that_are_none(mask: Any, match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        fisher_weighted_merge([w(1, 2)], [w(1, 1)], masks=[mask])
+
+
+def test_what_is_no_number_is_refused_by_name() -> None:
+    nan = float("nan")
+    for call in (
+        lambda: fisher_damage(w(1, 1), w(nan, 1)),
+        lambda: scale_by_fisher(w(nan, 1), w(1, 1)),
+        lambda: fisher_weighted_merge([w(1, nan)], [w(1, 1)]),
+        lambda: fisher_uncertainty(w(1, 1), w(nan, 1), 1, 1.0),
+    ):
+        with pytest.raises(DataError, match="`(direction|gradients|models|gradient)` has 1 values at `w`"):
+            call()
+    for call in (
+        lambda: fisher_damage(w(1, 1), w(1, 1), step=nan),
+        lambda: fisher_damage([torch.ones(2)], w(1, 1)),  # type: ignore[arg-type]
+        lambda: fisher_damage(w(1, 1), {"w": np.ones(2)}),  # type: ignore[dict-item]
+        lambda: fisher_uncertainty({**w(1, 1), "b": torch.ones(1)}, w(1, 1), 1, 1.0),
+        lambda: top_fisher_directions(w(1, 1), "a"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ConfigError):
+            call()
 
 
 def test_uncertainty_counts_every_parameter() -> None:

@@ -197,9 +197,10 @@ def test_what_is_no_state() -> None:
 
 
 def written(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file, without the checksum, which would be the first to notice what is changed."""
     collector().save(path)
     with safe_open(str(path), framework="pt") as file:
-        return load_file(path), dict(file.metadata())
+        return load_file(path), {name: value for name, value in file.metadata().items() if name != "sha256"}
 
 
 def places(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -228,6 +229,24 @@ def test_damaged_files(tmp_path: Path) -> None:
     for path in (None, 3, tmp_path, tmp_path / "none"):
         with pytest.raises(ConfigError, match="`path`"):
             FisherCollector(network()).load(path)  # type: ignore[arg-type]
+
+
+def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    """Wherever it is, also in numbers that would pass for sums; a file without a checksum loads as ever."""
+    path = tmp_path / "file"
+    collector().save(path)
+    whole = path.read_bytes()
+    with safe_open(str(path), framework="pt") as file:
+        metadata = file.metadata()
+    assert len(metadata["sha256"]) == 64
+    tensors = 8 + int.from_bytes(whole[:8], "little")
+    structure = whole.index(b"structure")
+    for place in (*range(structure, structure + 200, 7), *range(tensors, len(whole), 61)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        refused(path, "`path`")
+    good, told_of = written(path)
+    save_file(good, path, told_of)
+    FisherCollector(network()).load(path)
 
 
 def test_no_place_of_a_structure_can_be_left_out(tmp_path: Path) -> None:
