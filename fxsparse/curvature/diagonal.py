@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -77,13 +78,16 @@ def _stacked_rows(
     """The rows J_n^T a_nk of all samples and columns, flat over some parameters, some at a time."""
     width = sum(engine.space.shapes[name].numel() for name in names)
     z = engine.outputs(batch)
-    for column in curvature.columns(z, batch):
-        size = max(1, ROW_BUDGET // max(width, 1))
+    columns = curvature.columns(z, batch)
+    size = max(1, min(batch.samples, ROW_BUDGET // max(width, 1)))
+    many = max(1, ROW_BUDGET // max(width * size, 1))
+    while held := list(itertools.islice(columns, many)):
         for first in range(0, batch.samples, size):
             last = min(first + size, batch.samples)
-            rows = engine.rows(batch.cut(first, last), column[None, first:last], names)
-            parts = [rows[name][0].reshape(last - first, engine.space.shapes[name].numel()) for name in names]
-            yield torch.cat(parts, 1)
+            u = torch.stack([each[first:last] for each in held])
+            rows = engine.rows(batch.cut(first, last), u, names)
+            sizes = [engine.space.shapes[name].numel() for name in names]
+            yield torch.cat([rows[n].reshape(u.shape[0] * u.shape[1], s) for n, s in zip(names, sizes, strict=True)], 1)
 
 
 def _outputs(engine: Engine, batch: Batch, layers: LayerSquares | None) -> Tensor:

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fxsparse.curvature.fisher_batch import FisherBatch
 from fxsparse.curvature.fisher_scope import collecting_scope
 from fxsparse.curvature.fisher_squares import Squares
 from fxsparse.curvature.groups import ELEMENT, element
 from fxsparse.curvature.operator_data import Batch
 from fxsparse.curvature.operator_engine import Engine
-from fxsparse.curvature.operator_forward import Tensors, positional
+from fxsparse.curvature.operator_forward import Tensors
 from fxsparse.curvature.taps import Taps, Unstable
 from fxsparse.curvature.taps_pass import TapPass
 from fxsparse.nn import Route, masked_weights
@@ -43,15 +42,13 @@ class LayerSquares:
         self._made = None
         if not self._able:
             return None
-        args, kwargs = positional(batch.inputs)
-        piece = FisherBatch(args, kwargs, batch.targets, None, batch.samples, False)
         try:
             with collecting_scope(self.engine.model):
                 if self._taps is None:
                     own = {name: self.engine.parameter(name) for name in self.engine.space.shapes}
                     self._taps = Taps(self.engine.model, own, self.engine.output)
-                    self._taps.examine(piece)
-                self._made = self._taps.run(piece.sharing(self._taps.shared))
+                    self._taps.examine(batch.read)
+                self._made = self._taps.run(batch.read.sharing(self._taps.shared))
         except Unstable:
             self._able = False  # the model goes another way on other inputs
             return None

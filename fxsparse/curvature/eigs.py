@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fxsparse.curvature.trace import Symmetric
+from fxsparse.curvature.trace import Symmetric, is_whole
 from fxsparse.errors import ConfigError
 
 ENDS = ("LA", "SA", "BE")
@@ -23,7 +23,9 @@ class Spectrum:
         values: Ritz values, descending; fewer than k where the space that was reached is smaller.
         vectors: Their unit vectors as columns, in the operator's dtype; zero outside the support.
         residuals: |G y - theta y| of each.
-        converged: Which residuals are at most `tol` times the largest absolute Ritz value.
+        converged: Which residuals are at most `tol` times the operator's norm, as far as it has been seen: the largest
+            absolute Ritz value (Lanczos), the longest product with a unit vector (LOBPCG). Such a pair is an exact one
+            of an operator that differs by no more than that (the normwise backward error, Higham 2002, section 7.1).
         iterations: Products.
         invariant: Whether an invariant subspace was met: the pairs are exact, others may exist outside it.
     """
@@ -59,12 +61,11 @@ def lanczos(
         start: The start vector itself.
 
     Raises:
-        ConfigError: k outside 1..n, an unknown `which`, or a start vector of zeros.
+        ConfigError: k outside 1..n, an unknown `which`, fewer than one product, or a start vector of zeros.
     """
     tools = _Tools(operator, k, which, tol, generator)
     limit = min(tools.active, max(4 * k + 40, 100) if iters is None else iters)
-    if limit < 1:
-        raise ConfigError(f"`iters` (={iters}) must be at least 1")
+    _check_iters(iters)
     basis = torch.zeros(limit + 1, tools.size, dtype=torch.float64)
     basis[0] = tools.start(start)
     alphas: list[float] = []
@@ -92,7 +93,8 @@ def lanczos(
     beta = 0.0 if invariant else betas[-1]
     residuals = beta * weights[-1, wanted].abs()
     vectors = basis[: len(alphas)].mT @ weights[:, wanted]
-    return tools.result(values, wanted, vectors, residuals, len(alphas), invariant)
+    norm = max(float(values.abs().max()), _TINY)
+    return tools.result(values, wanted, vectors, residuals, len(alphas), invariant, norm)
 
 
 def lobpcg(
@@ -113,31 +115,43 @@ def lobpcg(
     """
     if which == "BE":
         raise ConfigError("`which` (='BE') is for method='lanczos'; lobpcg finds one end at a time, LA or SA")
+    _check_iters(iters)
     tools = _Tools(operator, k, which, tol, generator)
     x = torch.randn(tools.active, k, generator=tools.source, dtype=torch.float64)
     x = torch.linalg.qr(x).Q  # [s, k] on the support alone: outside of it G_S is zero, also with damping
     ax, steps = tools.times_within(x), x[:, :0]
+    norm = _longest(ax)
     values, residuals, invariant = torch.zeros(k, dtype=torch.float64), torch.zeros(k, dtype=torch.float64), False
-    for _ in range(iters or 200):
+    for _ in range(200 if iters is None else iters):
         ritz, turn = torch.linalg.eigh(x.mT @ ax)
         order = tools.wanted(ritz)
         values, x, ax = ritz[order], x @ turn[:, order], ax @ turn[:, order]
         gaps = ax - x * values
         residuals = gaps.norm(dim=0)
-        if bool((residuals <= tol * max(float(values.abs().max()), _TINY)).all()):
+        if bool((residuals <= tol * norm).all()):
             break
         fresh = _new_directions(x, torch.cat([gaps, steps], 1))
         invariant = not fresh.shape[1]
         if invariant:
             break
         afresh = tools.times_within(fresh)
+        norm = max(norm, _longest(afresh))
         whole, awhole = torch.cat([x, fresh], 1), torch.cat([ax, afresh], 1)
         ritz, turn = torch.linalg.eigh(whole.mT @ awhole)
         chosen = turn[:, tools.wanted(ritz)]
         steps = fresh @ chosen[k:]
         x, ax = whole @ chosen, awhole @ chosen
     places = torch.arange(k)
-    return tools.result(values, places, tools.whole(x), residuals, tools.products, invariant)
+    return tools.result(values, places, tools.whole(x), residuals, tools.products, invariant, norm)
+
+
+def _check_iters(iters: int | None) -> None:
+    if iters is not None and (not is_whole(iters) or iters < 1):
+        raise ConfigError(f"`iters` (={iters!r}) must be an integer of at least 1")
+
+
+def _longest(columns: Float[Tensor, "n k"]) -> float:
+    return max(float(columns.norm(dim=0).max()), _TINY)
 
 
 def _new_directions(basis: Float[Tensor, "n k"], columns: Float[Tensor, "n m"]) -> Float[Tensor, "n r"]:
@@ -168,8 +182,8 @@ class _Tools:
         self.products = 0
         if which not in ENDS:
             raise ConfigError(f"`which` (={which!r}) must be one of {', '.join(ENDS)}")
-        if not 1 <= k <= self.active:
-            raise ConfigError(f"`k` (={k}) must be from 1 to the {self.active} coordinates of the support")
+        if not is_whole(k) or not 1 <= k <= self.active:
+            raise ConfigError(f"`k` (={k!r}) must be an integer from 1 to the {self.active} coordinates of the support")
 
     @property
     def active(self) -> int:
@@ -210,11 +224,17 @@ class _Tools:
         return torch.cat([places[:top], places[len(values) - (k - top) :]])
 
     def result(
-        self, values: Tensor, wanted: Tensor, vectors: Tensor, residuals: Tensor, iterations: int, invariant: bool
+        self,
+        values: Tensor,
+        wanted: Tensor,
+        vectors: Tensor,
+        residuals: Tensor,
+        iterations: int,
+        invariant: bool,
+        norm: float,
     ) -> Spectrum:
-        bound = self.tol * max(float(values.abs().max()), _TINY)
         moved = (vectors / vectors.norm(dim=0)).to(device=self.device, dtype=self.dtype)
-        return Spectrum(values[wanted], moved, residuals, residuals <= bound, iterations, invariant)
+        return Spectrum(values[wanted], moved, residuals, residuals <= self.tol * norm, iterations, invariant)
 
 
 def _tridiagonal(alphas: list[float], betas: list[float]) -> tuple[Tensor, Tensor]:

@@ -23,10 +23,11 @@ from fxsparse.curvature.operator_checks import (
 )
 from fxsparse.curvature.operator_data import Batch, Data, Output
 from fxsparse.curvature.operator_engine import Engine
+from fxsparse.curvature.operator_gradients import sample_gradients, summed_gradient
 from fxsparse.curvature.operator_output import Curvature, OutputCurvature
 from fxsparse.curvature.operator_products import batch_product, block_of_products, diagonal_of_products
 from fxsparse.curvature.operator_protocol import numpy_dtype, to_numpy
-from fxsparse.curvature.operator_scope import apart, check_uncoupled
+from fxsparse.curvature.operator_scope import check_uncoupled
 from fxsparse.curvature.operator_space import Selection, Support, parameter_space
 from fxsparse.curvature.operator_spectrum import SpectralOperator
 from fxsparse.errors import ConfigError, DataError
@@ -36,7 +37,6 @@ from fxsparse.training.distributed import unwrap
 
 DENSE_LIMIT = 4096
 """Most columns of a block or of a whole matrix that is written out."""
-_ROW_BUDGET = 1 << 24  # elements of per-sample rows in memory at once
 
 
 class CurvatureOperator(SpectralOperator):
@@ -162,6 +162,8 @@ class CurvatureOperator(SpectralOperator):
                 f"`v` (={tuple(columns.shape)}) must have {self.space.size} rows, one for each coordinate"
             )
         kept = self.space.project(columns.detach().to(self._like))
+        if not kept.shape[1]:
+            return kept
         tangents = self.space.split(kept)
         sums: Tensor | None = None
         units, assumed = 0, self._units or 1
@@ -223,6 +225,8 @@ class CurvatureOperator(SpectralOperator):
         if method != "exact" and not drawn:
             raise ConfigError(f"`method` (={method!r}) must be exact, mc, sketch or hutchinson")
         check_count("samples", samples)
+        if chunk is not None:
+            check_count("chunk", chunk)
         source = generator or keyed_generator(self.seed, 0, 0, f"diagonal_{method}")
         if method == "hutchinson" or (self._by_products and method == "exact"):
             return diagonal_of_products(self.mm, self.space, samples if drawn else None, source)
@@ -233,7 +237,7 @@ class CurvatureOperator(SpectralOperator):
         units, layers = 0, self._layers
         with self.engine.scope():
             sums = torch.zeros(self.space.size, dtype=torch.float64, device=self.space.device)
-            for batch in self._pieces():
+            for batch in self._pieces(rows=True):
                 if drawn:
                     found, count = sampled_diagonal(
                         self.engine, self.curvature, batch, method, samples, source, chunk, layers
@@ -279,25 +283,18 @@ class CurvatureOperator(SpectralOperator):
 
     def gradient(self) -> Float[Tensor, " P"]:
         """The mean gradient of the loss over the same units, zero outside the support."""
-        units = 0
         with self.engine.scope():
-            sums = torch.zeros(self.space.size, dtype=torch.float64, device=self.space.device)
-            for batch in self._pieces():
-                z = self.engine.outputs(batch)
-                units += self.curvature.units(z, batch)
-                found = self.engine.gradient(batch, lambda z, b=batch: self._slope(z, b))  # type: ignore[misc]  # default
-                sums += self.space.flat(found).double()
+            sums, units = summed_gradient(self.engine, self.curvature, self._pieces())
         return self.space.project((sums / self._counted(units)).to(self.space.dtype))
 
     def sample_gradients(self, chunk: int | None = None) -> Iterator[dict[str, Float[Tensor, "n ..."]]]:
-        """The gradient g_n of every sample's own loss, never divided by N, by parameter, some samples at a time."""
-        for batch in apart(self._pieces()):
-            with self.engine.scope():
-                size = chunk or max(1, _ROW_BUDGET // max(self.space.size, 1))
-                for piece in batch.pieces(size):
-                    z = self.engine.outputs(piece)
-                    rows = self.engine.rows(piece, self._slope(z, piece)[None], self.space.names)
-                    yield {name: row[0] for name, row in rows.items()}
+        """The gradient g_n of every sample's own loss, never divided by N, by parameter, some samples at a time.
+
+        Raises:
+            ConfigError: `chunk` is no integer of at least 1.
+            DataError: the model does not run on single samples, or the outputs of one depend on others.
+        """
+        return sample_gradients(self.engine, self.curvature, self.data, self.chunk, chunk)
 
     def __repr__(self) -> str:
         return f"CurvatureOperator({self.kind.value}, shape={self.shape}, support={self.space.active})"
@@ -318,12 +315,11 @@ class CurvatureOperator(SpectralOperator):
         self._units = None
         return found, self.units
 
-    def _pieces(self) -> Iterator[Batch]:
+    def _pieces(self, rows: bool = False) -> Iterator[Batch]:
+        """The batches in parts of at most `chunk` samples; for use inside the scope. `rows`: samples will be cut."""
         for batch in self.data:
-            yield from batch.pieces(self.chunk)
-
-    def _slope(self, z: Tensor, batch: Batch) -> Tensor:
-        return self.curvature.slope(z, batch)
+            cut = rows or self.chunk is not None and self.chunk < batch.samples
+            yield from (self.engine.settled(batch) if cut else batch).pieces(self.chunk)
 
     def _counted(self, units: int) -> int:
         if units < 1:
@@ -337,7 +333,7 @@ class CurvatureOperator(SpectralOperator):
             return block_of_products(self.mm, self.space, index)
         keep = torch.ones_like(index, dtype=torch.bool) if self.space.support is None else self.space.support[index]
         with self.engine.scope():
-            gram, units = gram_of_rows(self.engine, self.curvature, self._pieces(), names, keep)
+            gram, units = gram_of_rows(self.engine, self.curvature, self._pieces(rows=True), names, keep)
         self._units = self._counted(units)
         damped = self.damping * torch.diag(keep.double())
         return (gram / self._units + damped).to(self.space.dtype)

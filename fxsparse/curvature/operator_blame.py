@@ -42,6 +42,13 @@ def place_of(model: nn.Module, error: BaseException, run: Callable[[], object]) 
     return place + mend if raised is None else place
 
 
+def caller_of(model: nn.Module) -> tuple[str, nn.Module]:
+    """The module whose code is running, by path; the model itself where there is none."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    found = _innermost(reversed(list(_frames())), paths) or model
+    return paths[id(found)], found
+
+
 class _Caller(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves its __init_subclass__ so
     """Notes the module that calls an operator first."""
 

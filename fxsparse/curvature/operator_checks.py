@@ -8,9 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 
 from fxsparse.curvature.fisher_types import CoupledSamples
+from fxsparse.curvature.operator_blame import caller_of
 from fxsparse.curvature.operator_space import ParameterSpace
 from fxsparse.errors import ConfigError, DataError
 from fxsparse.graph.scopes import seeded
@@ -61,11 +65,49 @@ def check_frequencies(model: nn.Module, space: ParameterSpace) -> None:
     for path, module in model.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.scale_grad_by_freq:
             if id(module.weight) in ids:
-                raise CoupledSamples(
-                    f"`{path or 'model'}` ({type(module).__name__}, scale_grad_by_freq=True) divides the gradients of "
-                    "its rows by how often they occur in the batch, so that they are no derivatives, and no sample has "
-                    "its own; set it to False, or leave its weight out of `params`"
-                )
+                raise CoupledSamples(_frequencies(path, module))
+
+
+class NoFrequencies(TorchFunctionMode):
+    """The same of functions, while a model runs: of weights that are differentiated."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def __torch_function__(
+        self, func: Callable[..., Any], kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        names = _LOOKUPS.get(func)
+        given = dict(zip(names, args, strict=False)) | kwargs if names else {}
+        if given.get("scale_grad_by_freq") and is_tracked(given["weight"]):
+            path, module = caller_of(self.model)
+            raise CoupledSamples(_frequencies(path, module))
+        return func(*args, **kwargs)
+
+
+def is_tracked(value: Tensor) -> bool:
+    """Whether a derivative with respect to it is being taken."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(value)
+    return wrapped or value.requires_grad or forward_ad.unpack_dual(value).tangent is not None  # type: ignore[no-untyped-call]  # torch
+
+
+_FUNCTION = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq")
+_LOOKUPS: dict[Any, tuple[str, ...]] = {
+    F.embedding: _FUNCTION,
+    F.embedding_bag: ("input", "weight", "offsets", *_FUNCTION[3:]),
+    torch.embedding: ("weight", "indices", "padding_idx", "scale_grad_by_freq"),
+    torch.embedding_bag: ("weight", "indices", "offsets", "scale_grad_by_freq"),
+}
+
+
+def _frequencies(path: str, module: nn.Module) -> str:
+    return (
+        f"`{path or 'model'}` ({type(module).__name__}, scale_grad_by_freq=True) divides the gradients of its rows by "
+        "how often they occur in the batch, so that they are no derivatives, and no sample has its own; set it to "
+        "False, or leave its weight out of `params`"
+    )
 
 
 def check_repeats(product: Callable[[Tensor], tuple[Tensor, int]], space: ParameterSpace, seed: int) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fxsparse.curvature.fisher_batch import FisherBatch
 from fxsparse.errors import ConfigError, DataError
-from fxsparse.graph.inputs import tensors_of
-from fxsparse.training.batches import call as call
+from fxsparse.graph.inputs import split_inputs, tensors_of
 
 Output = Callable[[Any], Tensor]
 """The tensor of logits or predictions [N, ...] among what the model returns."""
@@ -23,50 +23,59 @@ class Batch:
     """Some samples.
 
     Attributes:
-        inputs: A tensor, a tuple of positional or a mapping of keyword arguments.
-        targets: What the loss gets beside the outputs; None where there are no labels.
-        samples: Their number N: the length of the first tensor. Tensors of that length are cut along axis 0; others
-            belong to every sample.
+        read: The inputs, what the loss gets beside the outputs, and which of them have the samples along axis 0.
         start: Number of samples of the data before the first one.
         shifted: Whether outputs at a position predict the next one; the targets have been moved, masks have not.
+        part: Whether samples of the batch that was given are missing.
     """
 
-    inputs: Any
-    targets: Any
-    samples: int
+    read: FisherBatch
     start: int = 0
     shifted: bool = False
+    part: bool = False
+
+    @property
+    def samples(self) -> int:
+        """Their number N."""
+        return self.read.samples
+
+    @property
+    def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments."""
+        return self.read.args, self.read.kwargs
+
+    @property
+    def targets(self) -> Any:
+        """What the loss gets beside the outputs; None where there are no labels."""
+        return self.read.targets
+
+    def sharing(self, numbers: frozenset[int]) -> Batch:
+        """The same where these tensors of the inputs belong to every sample, whatever their length."""
+        return replace(self, read=self.read.sharing(numbers)) if numbers else self
 
     def pieces(self, size: int | None) -> Iterator[Batch]:
         """Consecutive pieces of at most `size` samples."""
-        if size is None or size >= self.samples:
-            yield self
-            return
-        for first in range(0, self.samples, size):
+        size = self.samples if size is None else size
+        for first in range(0, self.samples, max(size, 1)):
             yield self.cut(first, min(first + size, self.samples))
 
     def cut(self, first: int, last: int) -> Batch:
         """The samples from `first` up to `last`."""
-        inputs, targets = self._mapped(lambda tensor: tensor[first:last])
-        return Batch(inputs, targets, last - first, self.start + first, self.shifted)
+        if not first and last == self.samples:
+            return self
+        return replace(self, read=self.read.select(list(range(first, last))), start=self.start + first, part=True)
 
     def some(self, most: int) -> Batch:
         """At most so many samples, from all over the batch."""
-        places = torch.linspace(0, self.samples - 1, min(most, self.samples)).long().tolist()
-        inputs, targets = self._mapped(lambda tensor: tensor[places])
-        return Batch(inputs, targets, len(places), self.start, self.shifted)
+        if most >= self.samples:
+            return self
+        places = torch.linspace(0, self.samples - 1, most).long().tolist()
+        return replace(self, read=self.read.select(places), part=True)
 
     def leaves(self) -> tuple[list[Any], list[int | None], Any]:
-        """The leaves of (inputs, targets), the sample axis of each (0 or None), and how they are put together again."""
-        leaves, form = pytree.tree_flatten((self.inputs, self.targets))
-        return leaves, [0 if self.belongs(leaf) else None for leaf in leaves], form
-
-    def belongs(self, leaf: Any) -> bool:
-        """Whether a leaf is taken to have the samples along its first axis."""
-        return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == self.samples
-
-    def _mapped(self, rule: Callable[[Tensor], Tensor]) -> Any:
-        return pytree.tree_map(lambda leaf: rule(leaf) if self.belongs(leaf) else leaf, (self.inputs, self.targets))
+        """The leaves of the inputs, the sample axis of each (0 or None), and how they are put together again."""
+        leaves, form = pytree.tree_flatten(self.inputs)
+        return leaves, self.read.sample_axes(), form
 
 
 class Data:
@@ -74,7 +83,9 @@ class Data:
 
     Args:
         batches: An iterable of `(inputs, targets)` pairs, of mappings whose entry `labels` is the target (of the next
-            position, where it is [N, T]), or of inputs alone; or one such pair of tensors. An iterator is kept.
+            position, where it is [N, T]), or of inputs alone; or one such pair. A list of two tensors that are not of
+            one dtype and number of axes is a pair, too. An iterator is kept. Inputs are one tensor, a tuple of
+            positional ones, `(args, kwargs)` or a mapping of keywords.
         device: Where tensors are moved.
         ignored: The label that does not count, for the last position of shifted labels.
 
@@ -87,19 +98,24 @@ class Data:
         pair = isinstance(batches, tuple) and len(batches) == 2 and isinstance(batches[1], Tensor)
         if isinstance(batches, tuple) and len(batches) > 2 and all(isinstance(each, Tensor) for each in batches):
             raise DataError(_entries("data", batches))
+        if isinstance(batches, list) and len(batches) == 2 and all(isinstance(each, Tensor) for each in batches):
+            kinds = {(each.dtype, each.ndim) for each in batches}
+            pair, batches = (True, tuple(batches)) if len(kinds) > 1 else (False, batches)  # as loaders give them
         if isinstance(batches, Tensor | Mapping) or (pair and isinstance(batches[0], Tensor | tuple | Mapping)):
             batches = [batches]
         if not isinstance(batches, Iterable):
             raise ConfigError(f"`data` (={type(batches).__name__}) must be batches: an iterable of (inputs, targets)")
         self.batches: Iterable[Any] = tuple(batches) if isinstance(batches, Iterator) else batches
         self.device, self.ignored = device, ignored
+        self._shared: dict[Any, frozenset[int]] = {}  # by the form of the inputs
 
     def __iter__(self) -> Iterator[Batch]:
         start = 0
         for given in self.batches:
             batch = self._read(given, start)
             start += batch.samples
-            yield batch
+            if batch.samples:
+                yield batch
         if not start:
             raise ConfigError("`data` (=no samples) must hold at least one batch")
 
@@ -117,16 +133,31 @@ class Data:
         else:
             inputs, targets = given, None
         inputs, targets = pytree.tree_map(
-            lambda leaf: self._moved(leaf) if isinstance(leaf, Tensor) else leaf, (inputs, targets)
+            lambda leaf: self._moved(leaf) if isinstance(leaf, Tensor) else leaf, (_call(inputs), targets)
         )
         lengths = [tensor.shape[0] for tensor in tensors_of(inputs) if tensor.ndim]
         if not lengths:
-            raise ConfigError(f"a batch's inputs (={type(inputs).__name__}) hold no tensor with samples along axis 0")
+            raise ConfigError(f"a batch's inputs (={type(given).__name__}) hold no tensor with samples along axis 0")
+        if isinstance(targets, Tensor) and targets.ndim and targets.shape[0] in lengths:
+            lengths = [targets.shape[0]]
         shifted = isinstance(given, Mapping) and isinstance(targets, Tensor) and targets.ndim == 2
         if shifted and not targets.is_floating_point():
             last = torch.full_like(targets[:, :1], self.ignored)
-            return Batch(inputs, torch.cat([targets[:, 1:], last], 1), lengths[0], start, True)
-        return Batch(inputs, targets, lengths[0], start)
+            targets = torch.cat([targets[:, 1:], last], 1)
+        else:
+            shifted = False
+        args, kwargs = inputs
+        read = FisherBatch(args, kwargs, targets, None, lengths[0], False)
+        return Batch(self._with_known(read), start, shifted)
+
+    def _with_known(self, read: FisherBatch) -> FisherBatch:
+        """The batch, whose inputs that belonged to every sample of other batches do so here too."""
+        found = read.shared()
+        if self._shared:
+            found |= self._shared.get(read.form(), frozenset())
+        if found:
+            self._shared[read.form()] = found
+        return read.sharing(found)
 
     def _moved(self, tensor: Tensor) -> Tensor:
         """The tensor on the device; one of inference mode, which autograd does not take, as a copy."""
@@ -135,6 +166,13 @@ class Data:
             return moved
         with torch.inference_mode(False):
             return moved.clone()
+
+
+def _call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments."""
+    if isinstance(inputs, Mapping):
+        return (), {str(name): value for name, value in inputs.items()}
+    return split_inputs(tuple(inputs)) if isinstance(inputs, tuple | list) else ((inputs,), {})
 
 
 def _entries(name: str, given: Sized) -> str:

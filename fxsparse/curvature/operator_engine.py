@@ -25,13 +25,15 @@ from fxsparse.curvature.operator_data import Batch, Output
 from fxsparse.curvature.operator_forward import LOOSE, ModelFunction, Tensors, pulled
 from fxsparse.curvature.operator_forward_mode import Bend
 from fxsparse.curvature.operator_rows import SampleRows, slack
-from fxsparse.curvature.operator_rules import PaddingRule
+from fxsparse.curvature.operator_rules import RightRules
 from fxsparse.curvature.operator_scope import curvature_scope
+from fxsparse.curvature.operator_sharing import Sharing
 from fxsparse.curvature.operator_space import ParameterSpace
-from fxsparse.errors import CaptureError, FxSparseError
+from fxsparse.errors import CaptureError, DataError, FxSparseError
 from fxsparse.graph.scopes import seeded
 
 R = TypeVar("R")
+_NOT_DIFFERENTIABLE = "the backward pass of a torch.autograd.Function is not differentiable itself; make it so"
 _FEW = 8  # samples on which derivatives are compared
 
 grad: Any = torch.func.grad  # what they return depends on their arguments, which types cannot say
@@ -52,9 +54,10 @@ class Engine(ModelFunction):
     def __init__(self, model: nn.Module, space: ParameterSpace, output: Output | None = None) -> None:
         super().__init__(model, space, output)
         self._way = 0
-        self._adjoint_checked = self._plain_checked = False
-        self._vmap_columns = True
+        self._adjoint_checked = self._plain_checked = self._symmetric = False
+        self._vmap_columns, self._columns_checked = True, False
         self._rows = SampleRows(self)
+        self.settled = Sharing(self).settled
         self._kept = KeptParameters(model)
 
     @contextlib.contextmanager
@@ -88,7 +91,7 @@ class Engine(ModelFunction):
         self._check_adjoint(batch)
 
         def one(v: Tensors) -> Tensors:
-            slope = grad(lambda q: total(self._padded(q, batch)))
+            slope = grad(lambda q: total(self._rightly(q, batch)))
             whole = {name: each.clone() for name, each in v.items()}  # views would be copied, slowly
             with torch.no_grad():
                 found: Tensors = jvp(slope, (self.point,), (whole,))[1]
@@ -100,11 +103,21 @@ class Engine(ModelFunction):
 
         def plain() -> Tensors:
             point = self.leaves()
-            value = total(self.forward(point, batch.inputs))
+            value = total(self._rightly(point, batch))
             slope = torch.autograd.grad(value, list(point.values()), create_graph=True, **LOOSE)
             return self._each(tangents, lambda v: pulled(slope, point, [v[n] for n in point], keep=True))
 
-        return self._tried(batch, lambda: self._columns(one, several, tangents), plain)
+        found = self._tried(batch, lambda: self._columns(one, several, tangents), plain)
+        apart, size = self._asymmetry(batch)
+        if apart <= max(slack(self.space.dtype), 64 * torch.finfo(self.space.dtype).eps) * size:
+            return found
+        if self._way:
+            raise CaptureError(
+                f"the model's Hessian is not symmetric, by {apart:.3g} of {size:.3g}: {_NOT_DIFFERENTIABLE}, or leave "
+                "the parameters in front of it out with `params`"
+            )
+        self._way, self._symmetric = 1, False
+        return self.second(batch, tangents, total)
 
     def gradient(self, batch: Batch, cotangent: Callable[[Tensor], Tensor]) -> Tensors:
         """J^T cotangent(z), summed over the samples."""
@@ -160,29 +173,65 @@ class Engine(ModelFunction):
         if apart > max(slack(dtype), 64 * torch.finfo(dtype).eps) * size:
             raise CaptureError(
                 f"the model's derivative along a direction and its reverse pass differ by {apart:.3g} of {size:.3g}: "
-                "the backward pass of a torch.autograd.Function is not differentiable itself; give it a `jvp`, or "
-                "leave the parameters in front of it out with `params`"
+                f"{_NOT_DIFFERENTIABLE}, give it a `jvp`, or leave the parameters in front of it out with `params`"
             )
 
+    def _asymmetry(self, batch: Batch) -> tuple[float, float]:
+        """The difference of v^T H w and w^T H v, H the Hessian of a sum of outputs, and its size; once, else zeros."""
+        if self._symmetric:
+            return 0.0, 1.0
+        self._symmetric = True
+        few, v = self._test(batch)
+        w = {name: _drawn(value, number + len(v)) for number, (name, value) in enumerate(v.items())}
+        u = _drawn(self.outputs(few), -1)
+        sums, size = [], 0.0
+        with contextlib.suppress(RuntimeError, NotImplementedError, ValueError):  # inputs that cannot be cut
+            for one, other in ((v, w), (w, v)):
+                found = self.second(few, {name: each[None] for name, each in one.items()}, lambda z: (u * z).sum())
+                terms = [(found[name][0] * other[name]).double() for name in other]
+                sums.append(float(sum(each.sum() for each in terms)))
+                size += float(sum(each.abs().sum() for each in terms))
+        return (abs(sums[0] - sums[1]) if len(sums) == 2 else 0.0), size
+
     def _test(self, batch: Batch) -> tuple[Batch, Tensors]:
-        few = batch.some(_FEW)
-        return few, {name: _drawn(value, number) for number, (name, value) in enumerate(self.point.items())}
+        with contextlib.suppress(DataError):
+            batch = self.settled(batch).some(_FEW)
+        return batch, {name: _drawn(value, number) for number, (name, value) in enumerate(self.point.items())}
 
     def _columns(self, one: Callable[[Tensors], Tensors], several: Callable[[], Tensors], tangents: Tensors) -> Tensors:
-        """One column by forward mode; several at once, or each alone where an operator does not allow that."""
+        """One column by forward mode; several at once, or each alone where an operator does not allow that.
+
+        The first time, the columns' products with random signs must add up to the product with their sum.
+        """
         if _count(tangents) > 1 and self._vmap_columns:
             try:
                 with torch.no_grad():
-                    return several()
+                    found = several()
+                if self._columns_checked or self._agree(one, found, tangents):
+                    self._columns_checked = True
+                    return found
             except FxSparseError:
                 raise
             except (RuntimeError, NotImplementedError, ValueError):
-                self._vmap_columns = False
+                pass
+            self._vmap_columns = False
         return self._each(tangents, one)
+
+    def _agree(self, one: Callable[[Tensors], Tensors], found: Tensors, tangents: Tensors) -> bool:
+        source = torch.Generator().manual_seed(_count(tangents))
+        signs = torch.randint(2, (_count(tangents),), generator=source).mul_(2).sub_(1)
+
+        def summed(columns: Tensors) -> Tensors:
+            return {name: torch.tensordot(signs.to(each), each, 1) for name, each in columns.items()}
+
+        expected, sums = one(summed(tangents)), summed(found)
+        size = max(float(each.abs().sum(0).max()) for each in found.values() if each.numel())
+        gaps = [float((sums[n] - expected[n].reshape(sums[n].shape)).abs().max()) for n in sums if sums[n].numel()]
+        return all(gap <= slack(self.space.dtype) * size for gap in gaps)
 
     def _product_func(self, batch: Batch, tangents: Tensors, bend: Bend) -> Tensors:
         def tangent_map(q: Tensors) -> tuple[Tensor, Tensor]:
-            push = vmap(lambda v: jvp(lambda r: self._padded(r, batch), (q,), (v,)), out_dims=(None, 0))
+            push = vmap(lambda v: jvp(lambda r: self._rightly(r, batch), (q,), (v,)), out_dims=(None, 0))
             pushed: tuple[Tensor, Tensor] = push(tangents)
             return pushed
 
@@ -190,8 +239,8 @@ class Engine(ModelFunction):
         products: Tensors = vmap(lambda u: pull(u)[0])(torch.stack([bend(z, each) for each in along]))
         return products
 
-    def _padded(self, parameters: Tensors, batch: Batch) -> Tensor:
-        with PaddingRule():
+    def _rightly(self, parameters: Tensors, batch: Batch) -> Tensor:
+        with RightRules():
             return self.forward(parameters, batch.inputs)
 
     def _product_plain(self, batch: Batch, tangents: Tensors, bend: Bend) -> Tensors:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils import _pytree as pytree
 
+from fxsparse.curvature.operator_checks import NoFrequencies, is_tracked
 from fxsparse.curvature.operator_data import Batch, Output, one_output
 from fxsparse.curvature.operator_space import ParameterSpace
 from fxsparse.nn import masked_weights
@@ -39,6 +41,7 @@ class ModelFunction:
         held = {id(buffer) for weight in masked.values() for buffer in weight.buffers}
         self._buffers = {n: b for n, b in places_of(model, "_buffers") if id(b) not in held}
         names = {id(parameter): name for name, parameter in self._parameters.items()}
+        self._watched = False
         self._places = {place: names[id(parameter)] for place, parameter in places_of(model, "_parameters")}
 
     @property
@@ -54,14 +57,23 @@ class ModelFunction:
         """The model's own parameter of this first name."""
         return self._parameters[name]
 
-    def forward(self, parameters: Mapping[str, Tensor], inputs: Any) -> Tensor:
-        """The outputs z [N, ...] at some values of the chosen parameters."""
-        args, kwargs = positional(inputs)
+    def forward(self, parameters: Mapping[str, Tensor], inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
+        """The outputs z [N, ...] at some values of the chosen parameters; the model gets copies of its inputs.
+
+        Raises:
+            CoupledSamples: gradients of a lookup are divided by how often the batch has a row.
+        """
+        args, kwargs = _copied(inputs)
         values = {n: parameters[n] if n in parameters else self._value(n) for n in self._parameters}
         state = {place: values[name] for place, name in self._places.items()}
         buffers = {place: buffer.clone() for place, buffer in self._buffers.items()}  # a model may write to them
         state = {**state, **buffers, **self.space.opened}
-        return self.output(functional_call(self.model, state, args, kwargs, tie_weights=False))
+        if self._watched or not any(map(is_tracked, parameters.values())):
+            return self.output(functional_call(self.model, state, args, kwargs, tie_weights=False))
+        with NoFrequencies(self.model):  # once: it costs time at each operator
+            z = self.output(functional_call(self.model, state, args, kwargs, tie_weights=False))
+        self._watched = True
+        return z
 
     def outputs(self, batch: Batch) -> Tensor:
         """The outputs of a batch, without gradients."""
@@ -94,8 +106,11 @@ def places_of(model: nn.Module, kind: str) -> Iterator[tuple[str, Tensor]]:
                 yield f"{path}.{attribute}" if path else attribute, tensor
 
 
-def positional(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """(args, kwargs) of a batch's inputs."""
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
+def _copied(inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    args, kwargs = inputs
+    if not kwargs and all(isinstance(each, Tensor) for each in args):  # the most common
+        return tuple(each.detach().clone() for each in args), {}
+    copied: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(
+        lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, inputs
+    )
+    return copied

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -77,15 +77,16 @@ class OutputCurvature:
         """Which units count: not ignored by the loss and, where the inputs have an `attention_mask`, inside it.
 
         Raises:
-            DataError: outputs without further axes are not one of each sample.
+            DataError: outputs without further axes are not one of each sample; or those of a part of a batch do not
+                have its samples along axis 0.
         """
-        if z.ndim < 2 and z.shape != (batch.samples,):
+        if z.ndim < 2 and z.shape != (batch.samples,) or batch.part and z.shape[0] != batch.samples:
             raise DataError(
                 f"the outputs (={tuple(z.shape)}) must have the {batch.samples} samples along axis 0: give batches, "
                 "not single samples, and the outputs, not their loss"
             )
         valid = self.loss_of(batch).valid(z, batch.targets)
-        mask = batch.inputs.get("attention_mask") if isinstance(batch.inputs, Mapping) else None
+        mask = batch.inputs[1].get("attention_mask")
         if not isinstance(mask, Tensor) or mask.shape != valid.shape:
             return valid
         if batch.shifted:
@@ -174,7 +175,7 @@ class OutputCurvature:
         found = []
         for n in range(batch.samples):
             one = batch.cut(n, n + 1)
-            source = generator(self.seed, one.start, draw, "curvature_draw")
+            source = generator(self.seed, batch.start + n, draw, "curvature_draw")
             if z.device.type != "cpu":
                 source = torch.Generator(z.device).manual_seed(source.initial_seed())
             found.append(loss.draw_gradient(z[n : n + 1], one.targets, source))
@@ -204,6 +205,6 @@ class OutputCurvature:
 
     def _kept(self, a: Tensor, z: Tensor, batch: Batch) -> Tensor:
         """Zeros at the units that do not count."""
-        if not isinstance(batch.inputs, Mapping):
+        if "attention_mask" not in batch.inputs[1]:
             return a  # the loss itself has left them out
         return torch.where(self.loss_of(batch).spread(self.valid(z, batch), z, batch.targets), a, 0.0)

@@ -10,6 +10,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fxsparse.curvature.fisher_types import CoupledSamples
 from fxsparse.curvature.operator_data import Batch
 from fxsparse.curvature.operator_forward import ModelFunction, Tensors, pulled
 from fxsparse.errors import DataError, FxSparseError
@@ -24,41 +25,57 @@ class SampleRows:
     def __init__(self, function: ModelFunction) -> None:
         self.function = function
         self._able = True
-        self._checked: set[str] = set()
 
     def of(
         self, batch: Batch, cotangents: Shaped[Tensor, "k n ..."], names: Sequence[str], together: bool = True
     ) -> dict[str, Shaped[Tensor, "k n ..."]]:
-        """J_n^T u_kn of each sample n alone, for some of the parameters; `together` allows `vmap`."""
-        if self._able and together:
+        """J_n^T u_kn of each sample n alone, for some of the parameters; `together` allows `vmap`.
+
+        Raises:
+            CoupledSamples: those of the samples do not add up to the reverse pass of the batch.
+            DataError: the model cannot run on one sample.
+        """
+        if self._able and together and batch.samples > 1:
             try:
                 rows = self._vmapped(batch, cotangents, names)
                 if self._agree(batch, cotangents, rows):
                     return rows
-                self._able = False
             except FxSparseError:
                 raise
             except (RuntimeError, NotImplementedError, ValueError):
-                rows = self._apart(batch, cotangents, names)
-                self._able = False
-                return rows
-        return self._apart(batch, cotangents, names)
+                pass
+            rows = self._apart(batch, cotangents, names)
+            self._able = False
+        else:
+            rows = self._apart(batch, cotangents, names)
+        if batch.samples > 1 and not self._agree(batch, cotangents, rows):
+            raise CoupledSamples(
+                "the gradients of single samples do not add up to that of their batch, whose outputs depend on each "
+                "other: remove what mixes samples (batch statistics, branches on values of the batch, randomness)"
+            )
+        return rows
 
     def _agree(self, batch: Batch, cotangents: Tensor, rows: Tensors) -> bool:
-        """Whether the rows of all samples add up to one reverse pass of the batch; looked at once."""
-        key = ",".join(rows)
-        if key in self._checked:
-            return True
-        self._checked.add(key)
+        """Whether the rows of all samples, with random signs of the columns, add up to one reverse pass of the batch.
+
+        Each time: torch's batching rule of PReLU, for one, was wrong where the signs of samples differed.
+        """
         leaves = self.function.leaves()
+        source = torch.Generator().manual_seed(len(cotangents))
+        signs = torch.randint(2, (len(cotangents),), generator=source).mul_(2).sub_(1).to(cotangents)
         with torch.enable_grad():
             z = self.function.forward(leaves, batch.inputs)
-        whole = pulled([z], leaves, [cotangents[0]])
-        for name, row in rows.items():
-            gap = float((row[0].sum(0) - whole[name]).abs().max()) if row.numel() else 0.0
-            if gap > slack(row.dtype) * float(row[0].abs().sum(0).max() if row.numel() else 0.0):
-                return False
-        return True
+        whole = pulled([z], leaves, [torch.tensordot(signs, cotangents, 1)])
+        if not all(bool(each.isfinite().all()) for each in whole.values()):
+            return True  # nothing can be told
+        sizes = {name: float(row.abs().sum((0, 1)).max()) if row.numel() else 0.0 for name, row in rows.items()}
+        eps = torch.finfo(z.dtype).eps
+        rounding = 64 * eps * max(sizes.values())
+        gaps = {name: torch.tensordot(signs, row.sum(1), 1) - whole[name] for name, row in rows.items()}
+        return all(
+            not gap.numel() or float(gap.abs().max()) <= max(slack(gap.dtype), 16 * eps) * sizes[name] + rounding
+            for name, gap in gaps.items()
+        )
 
     def _vmapped(self, batch: Batch, cotangents: Tensor, names: Sequence[str]) -> Tensors:
         leaves, axes, form = batch.leaves()
@@ -67,10 +84,10 @@ class SampleRows:
 
         def of_sample(parts: list[Any], u: Tensor) -> Tensors:
             whole = [p[None] if axis == 0 else p for p, axis in zip(parts, axes, strict=True)]
-            inputs, _ = pytree.tree_unflatten(whole, form)
+            inputs = pytree.tree_unflatten(whole, form)
             _, pull = vjp(lambda q: self.function.forward({**point, **q}, inputs)[0], chosen)
-            rows: Tensors = vmap(lambda each: pull(each)[0])(u)
-            return rows
+            rows = [pull(each)[0] for each in u]  # vmap inside of vmap gives some operators the first sample for all
+            return {name: torch.stack([row[name] for row in rows]) for name in names}
 
         rows: Tensors = vmap(of_sample, in_dims=(axes, 1), out_dims=1)(leaves, cotangents)
         return rows
@@ -80,29 +97,27 @@ class SampleRows:
         for n in range(batch.samples):
             point = self.function.leaves()
             with torch.enable_grad():
-                z = self._alone(point, batch, n)
+                z = self._alone(point, batch, n, cotangents.shape[2:])
             chosen = {name: point[name] for name in names}
             each = [pulled([z], chosen, [u[n : n + 1]], keep=True) for u in cotangents]
             for name in names:
                 found[name].append(torch.stack([one[name] for one in each]))
         return {name: torch.stack(rows, 1) for name, rows in found.items()}
 
-    def _alone(self, point: Tensors, batch: Batch, n: int) -> Tensor:
-        """The model on one sample.
+    def _alone(self, point: Tensors, batch: Batch, n: int, shape: torch.Size) -> Tensor:
+        """The outputs [1, *shape] of one sample; a model may drop the axis of a single one.
 
         Raises:
-            DataError: it cannot run on one, as where an input of all samples happens to be as long as the batch.
+            DataError: it cannot run on one.
         """
         try:
-            return self.function.forward(point, batch.cut(n, n + 1).inputs)
+            return self.function.forward(point, batch.cut(n, n + 1).inputs).reshape(1, *shape)
         except FxSparseError:
             raise
         except (RuntimeError, ValueError, IndexError) as error:
-            cut = [str(tuple(each.shape)) for each in pytree.tree_leaves(batch.inputs) if batch.belongs(each)]
             raise DataError(
-                f"the model cannot run on one sample of this batch (={batch.samples} samples): its inputs of shapes "
-                f"{', '.join(cut)} were cut along axis 0. One that all samples share has the length of the batch by "
-                f"chance: take batches of another size. ({type(error).__name__}: {error})"
+                f"the model cannot run on one sample of this batch (={batch.samples} samples), whose rows are wanted: "
+                f"give it a batch axis of any length ({type(error).__name__}: {error})"
             ) from error
 
 

@@ -5,6 +5,7 @@
 2. Layer norm: both terms of the tangent by the kernel of the reverse pass; the normalisation's Jacobian is symmetric.
 3. Attention without a mask: a plain softmax, without the search for rows that are masked as a whole.
 4. Embeddings with a padding row, whose tangent torch keeps and whose gradient it drops: here both are dropped.
+5. Weight norm by its formula: the derivative of torch's own reverse pass is wrong.
 
 Tangents are made without a graph: nobody differentiates them.
 """
@@ -235,16 +236,15 @@ class CheapRules(TorchFunctionMode):
         return func(*args, **kwargs) if found is None else found
 
 
-class PaddingRule(TorchFunctionMode):
-    """Rule 4 alone, for the transforms of `torch.func`."""
+class RightRules(TorchFunctionMode):
+    """Rules 4 and 5 alone, for the transforms of `torch.func` and second derivatives."""
 
     def __torch_function__(
         self, func: Callable[..., Any], kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is not F.embedding:
-            return func(*args, **kwargs)
-        found = _embedding(dict(zip(_EMBEDDING, args, strict=False)) | kwargs)
+        names, rule = _RIGHT.get(func, ((), None))
+        found = None if rule is None else rule(dict(zip(names, args, strict=False)) | kwargs)
         return func(*args, **kwargs) if found is None else found
 
 
@@ -290,10 +290,23 @@ def _embedding(given: Mapping[str, Any]) -> Any:
     return _Padded.apply(F.embedding(ids, weight), keep)  # type: ignore[no-untyped-call]  # untyped in torch
 
 
+def _weight_norm(given: Mapping[str, Any]) -> Tensor:
+    v: Tensor = given["v"]
+    g: Tensor = given["g"]
+    dim = given.get("dim", 0)
+    others = list(range(v.ndim)) if dim == -1 else [axis for axis in range(v.ndim) if axis != dim % v.ndim]
+    norm: Tensor = v.norm(dim=others, keepdim=dim != -1)
+    return v * (g / norm)
+
+
 _PLAIN = (Tensor, torch.nn.Parameter)
 _WEIGHTS = ("input", "weight", "bias")
 _EMBEDDING = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
 _ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+_RIGHT: dict[Any, tuple[tuple[str, ...], Callable[[Mapping[str, Any]], Any]]] = {
+    F.embedding: (_EMBEDDING, _embedding),
+    torch._weight_norm: (("v", "g", "dim"), _weight_norm),
+}
 _RULES: dict[Any, tuple[tuple[str, ...], Callable[[Mapping[str, Any]], Any]]] = {
     F.linear: (_WEIGHTS, _linear),
     F.embedding: (_EMBEDDING, _embedding),

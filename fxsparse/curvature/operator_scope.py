@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from fxsparse.curvature.kept_state import kept_attributes
 from fxsparse.curvature.losses import CoupledSamples
 from fxsparse.graph.scopes import mode_of, preserved_rng, seeded
+from fxsparse.graph.tree import modules_of
 from fxsparse.nn.recurrence import differentiable_recurrence
 
 T = TypeVar("T")
@@ -32,12 +33,13 @@ def curvature_scope(model: nn.Module) -> Iterator[None]:
     _load_forward_rules()
     fast = torch.backends.mha.get_fastpath_enabled()
     devices = {parameter.device.type for parameter in model.parameters()} | {"cpu"}
+    modules = [module for _, module in modules_of(model)]
     with contextlib.ExitStack() as stack:
-        stack.enter_context(kept_attributes(model))
+        stack.enter_context(kept_attributes(model, modules))
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="There is a performance drop")  # what has no batching rule is looped
         stack.enter_context(preserved_rng())
-        stack.enter_context(mode_of(model, False))
+        stack.enter_context(mode_of(model, False, modules))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(differentiable_recurrence(model))
         stack.enter_context(torch.inference_mode(False))

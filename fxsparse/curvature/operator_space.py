@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fxsparse.curvature.dense_storage import check_stored_dense
 from fxsparse.errors import ConfigError
+from fxsparse.graph.taps import CONTAINER
 from fxsparse.nn import check_mask_edit, mask_name
-from fxsparse.passes.instrument_fisher import CONTAINER
 from fxsparse.sparsity import Mask
 
 Selection = Iterable[str] | Iterable[nn.Parameter] | Mapping[str, Tensor] | None

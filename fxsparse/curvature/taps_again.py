@@ -20,6 +20,8 @@ from torch.utils import _pytree as pytree
 from fxsparse.curvature.fisher_squares import Squares
 from fxsparse.curvature.fisher_types import UncoveredParameter
 from fxsparse.curvature.groups import Grouping, element, slices
+from fxsparse.curvature.taps_call import is_watched
+from fxsparse.curvature.taps_compiled import AgainCompiled, generator_states, registered, spelled
 from fxsparse.curvature.taps_fused import check_not_exporting
 from fxsparse.curvature.taps_layout import Layout
 from fxsparse.curvature.taps_mode import TapMode
@@ -172,14 +174,21 @@ class RunAgain(nn.Module):
             self._groupings[names[name]] = (element(shape) if axis is None else slices(_SLICES, shape, axis),)
         self._places, self._names, self._copied = places, dict(names), copied
         self._layouts: dict[tuple[Any, ...], dict[int, Layout | None]] = {}
+        self._number = registered(self)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # untyped in torch
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # untyped in torch
+        self._number = registered(self)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The owner's outputs, bit for bit."""
         check_not_exporting()
+        if not torch.is_grad_enabled() or is_watched():
+            return self._held[0](*args, **kwargs)
+        return self._in_compiled_code(args, kwargs) if torch.compiler.is_compiling() else self._call(args, kwargs)
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         owner, statistics = self._held
-        if not torch.is_grad_enabled():
-            return owner(*args, **kwargs)
         inputs, form = pytree.tree_flatten((args, kwargs))
         given = [each for each in inputs if isinstance(each, Tensor)]
         call = _Call(self, inputs, form, [], [(each, each._version) for each in given])
@@ -192,6 +201,41 @@ class RunAgain(nn.Module):
         for k, each in zip(where, tapped, strict=True):
             flat[k] = each.clone() if self._copied else each
         return pytree.tree_unflatten(flat, spec)
+
+    def _in_compiled_code(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        owner, statistics = self._held
+        inputs: list[Tensor] = []
+        text = spelled((args, kwargs), inputs)
+        training = "".join(["1" if module.training else "0" for module in owner.modules()])
+        states: list[Tensor] = []
+        if owner.training:
+            first, (copy, *states) = inputs[0], generator_states(inputs[0])
+            args, kwargs = pytree.tree_map(lambda each: copy if each is first else each, (args, kwargs))
+        flat, spec = pytree.tree_flatten(owner(*args, **kwargs))
+        where = [k for k, each in enumerate(flat) if isinstance(each, Tensor) and each.is_floating_point()]
+        tensors = [*(flat[k] for k in where), *inputs, *states, *statistics.values()]
+        counts = len(where), len(inputs), len(states)
+        tapped = AgainCompiled.apply(self._number, text, training, counts, *tensors)  # type: ignore[no-untyped-call]  # untyped in torch
+        for k, each in zip(where, tapped, strict=True):
+            flat[k] = each.clone() if self._copied else each
+        return pytree.tree_unflatten(flat, spec)
+
+    def squares_of(
+        self,
+        arguments: Any,
+        training: Sequence[bool],
+        outputs: list[Tensor],
+        deltas: list[Tensor],
+        states: list[Tensor],
+    ) -> list[Tensor]:
+        """The same from what compiled code hands over."""
+        inputs, form = pytree.tree_flatten(arguments)
+        call = _Call(self, inputs, form, outputs)
+        call.rng = _Generators(states[0], states[1:]) if states else None
+        call.training = dict(zip(self._held[0].modules(), training, strict=True))
+        found = self.squares(call, deltas)
+        pairs = zip(found, self._held[1].values(), strict=True)
+        return [torch.zeros_like(statistic) if value is None else value for value, statistic in pairs]
 
     def squares(self, call: _Call, deltas: Sequence[Tensor | None]) -> list[Tensor | None]:
         """What belongs to each statistic, for the gradients of the outputs.

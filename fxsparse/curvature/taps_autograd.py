@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from fxsparse.curvature.fisher_batch import FisherBatch
 from fxsparse.curvature.fisher_types import CoupledSamples
+from fxsparse.curvature.sharing import other_readings
 from fxsparse.curvature.taps_call import call_with
 from fxsparse.curvature.taps_examined import sketch_on_arrival, sketches_like
 from fxsparse.errors import DataError
@@ -19,7 +19,6 @@ from fxsparse.graph.tree import parameters_of
 
 EXAMINED = 3
 """How many samples are examined."""
-_INPUTS = 5
 _FAILS = (RuntimeError, ValueError, IndexError, TypeError, DataError)
 
 Output = Callable[[Any], Tensor]
@@ -52,18 +51,19 @@ class Autograd:
             DataError: outputs do not have the samples along axis 0, or the model cannot run on single samples.
         """
         try:
-            return *self._taken(batch), frozenset()
+            taken = self._taken(batch)
+            if batch.ambiguous():
+                self._check_order(taken[0])
+            return *taken, frozenset()
         except _FAILS as error:
             inputs = batch.ambiguous()
-            sizes = range(1, min(len(inputs), _INPUTS))
-            choices = [choice for size in sizes for choice in itertools.combinations(inputs, size)]
-            for choice in sorted(choices, key=lambda numbers: min(inputs) in numbers):
+            for choice in other_readings(batch):
                 try:
                     taken = self._taken(batch.sharing(choice))
                     self._check_order(taken[0])
                 except _FAILS:
                     continue
-                return *taken, frozenset(choice)
+                return *taken, choice
             if not inputs:
                 raise
             names = ", ".join(f"`{name}`" for name in inputs.values())

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxsparse.curvature.taps_call import is_watched
 from fxsparse.curvature.taps_conv import ConvSpec, same_padding
 from fxsparse.curvature.taps_formulas import EmbeddingWeight
 from fxsparse.curvature.taps_fused import Statistics, check_not_exporting, fused_conv_product, fused_product
@@ -53,7 +54,7 @@ def _sums(p: Tensor, statistic: Tensor, kind: str) -> Tensor:
     """[N, size]: p [N, ...] of each sample summed over all axes that the parameter does not have."""
     n, size = p.shape[0], statistic.numel()
     p = p.to(statistic.dtype)
-    if kind in _CHANNELS_SECOND:
+    if kind in _CHANNELS_SECOND and p.ndim > 1 and p.shape[1] == size:
         return p.flatten(2).sum(2) if p.ndim > 2 else p
     return p.reshape(n, -1, size).sum(1)
 
@@ -112,6 +113,14 @@ def _norm(x: Tensor, delta: Tensor, mask: Tensor | None, statistic: Tensor, kind
     return _sums(normalised, statistic, kind).square().sum(0)
 
 
+def _batch_norm(x: Tensor, delta: Tensor, moments: Tensor | None, statistic: Tensor, eps: float) -> Tensor:
+    """`moments` are [2, C], running means and variances as they were at the call."""
+    assert moments is not None
+    mean, variance = moments.to(x.dtype).unbind()
+    normalised = F.batch_norm(x, mean, variance, eps=eps)
+    return _sums(delta * normalised, statistic, "batch_norm").square().sum(0)
+
+
 def _gate(x: Tensor, delta: Tensor, mask: Tensor | None, statistic: Tensor) -> Tensor:
     """X is the output itself, [N, H, ...]."""
     return (x * delta).flatten(2).sum(2, dtype=statistic.dtype).square().sum(0)
@@ -122,12 +131,14 @@ _NORMALISE: dict[str, Any] = {
     "rms_norm": lambda x, shape, eps: F.rms_norm(x, shape, None, eps),
     "group_norm": lambda x, groups, eps: F.group_norm(x, groups, None, None, eps),
     "instance_norm": lambda x, eps: F.instance_norm(x, eps=eps),
+    "prelu": lambda x: x.clamp_max(0),
 }
-_CHANNELS_SECOND = ("conv", "group_norm", "instance_norm")
+_CHANNELS_SECOND = ("conv", "group_norm", "instance_norm", "batch_norm", "prelu")
 _SQUARES: dict[str, Any] = {
     "linear": _linear,
     "conv": _conv,
     "embedding": _embedding,
+    "batch_norm": _batch_norm,
     "gate": _gate,
 }
 
@@ -153,8 +164,35 @@ def tap_behind(
         fresh: whether a copy of y is returned, for readers in place.
     """
     check_not_exporting()
+    if is_watched():
+        return y
     tapped: Tensor = _Behind.apply(y, x, *statistics, mask, kind, options)  # type: ignore[no-untyped-call]  # untyped in torch
     return tapped.clone() if fresh else tapped
+
+
+def tap_behind_batch_norm(
+    y: Tensor,
+    x: Tensor,
+    statistics: Statistics,
+    mask: None,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
+    fresh: bool,
+) -> Tensor:
+    """The tap behind a BatchNorm that is in evaluation mode; behind one in training mode its squares mean nothing.
+
+    Args:
+        y: the output.
+        x: the input [N, C, ...].
+        statistics: of the weight and of the bias.
+        mask: none.
+        mean: the running means [C].
+        variance: the running variances [C].
+        eps: what is added to the variances.
+        fresh: whether a copy of y is returned, for readers in place.
+    """
+    return tap_behind(y, x, statistics, torch.stack([mean, variance]), "batch_norm", (eps,), fresh)
 
 
 def gate_tap(y: Tensor, x: Tensor, statistics: Statistics, mask: None, fresh: bool) -> Tensor:

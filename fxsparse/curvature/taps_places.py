@@ -1,10 +1,11 @@
 """Which nodes of a graph can be tapped, and how.
 
-1. Linear layers and convolutions with zero padding of torch's own classes, `F.linear`: a fused layer takes their place.
+1. Linear layers, convolutions with zero padding and LayerNorm of torch's own classes, `F.linear`: a fused layer takes
+   their place.
 2. Sparse layers, other paddings: a tap behind the layer.
-3. Embeddings and norms: a tap behind the layer.
-4. Other modules (attention, recurrent layers, BatchNorm, anything that a collector can tap), samples along any axis of
-   their own: the module is run again in the backward pass.
+3. Embeddings, other norms and PReLU: a tap behind the layer.
+4. Other modules (attention, recurrent layers, anything that a collector can tap), samples along any axis of their
+   own: the module is run again in the backward pass.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from fxsparse.curvature.fisher_scope import collecting_scope
 from fxsparse.curvature.groups import Grouping
 from fxsparse.curvature.taps_again import Places, RunAgain, tapped_call
-from fxsparse.curvature.taps_behind import tap_behind
+from fxsparse.curvature.taps_behind import tap_behind, tap_behind_batch_norm
 from fxsparse.curvature.taps_fused import fused_conv, fused_linear
+from fxsparse.curvature.taps_fused_norm import fused_layer_norm
 from fxsparse.curvature.taps_layout import Layout as LayoutOfSite
 from fxsparse.curvature.taps_site import Site, names_of
 from fxsparse.nn.functional import masked_weight
@@ -76,6 +79,10 @@ class Seen:
     samples: int = 0
     calls: Mapping[int, tuple[list[Any], Any]] = field(default_factory=dict)
 
+    def times(self, name: str) -> int:
+        """How often a parameter was read, by graphs that run several times and by code outside of graphs too."""
+        return sum(name in names_of(site) for site in self.sites)
+
 
 def places_of(
     module: nn.Module, wanted: Mapping[str, Tensor], refused: Refused, seen: Seen
@@ -97,11 +104,18 @@ def places_of(
             refused[name] = place
         elif name in seen.refused:
             refused[name] = seen.refused[name]
+        elif (times := seen.times(name)) > 1 and _reads_once(place[0].owner):
+            refused[name] = f"it is read {times} times, not by this graph alone, whose cross terms a tap cannot see"
         else:
             chosen[id(place[0])][place[1]] = name
     for layer in layers:
         if chosen[id(layer)]:
             yield layer, chosen[id(layer)]
+
+
+def _reads_once(owner: nn.Module | None) -> bool:
+    """Whether a call reads each of its parameters once; others are run again, which counts their reads itself."""
+    return owner is None or not isinstance(_kind(owner), str)
 
 
 def _reads(
@@ -192,6 +206,11 @@ def _quick(layer: Layer, attributes: Names, groupings: Mapping[str, tuple[Groupi
     if isinstance(owner, _ConvNd):
         return _conv_tap(owner, layer, base, fresh)
     assert kind is not None
+    if kind[0] == "layer_norm" and _is_plain(owner, nn.LayerNorm):
+        return Tap(**base, function=fused_layer_norm, arguments=kind[1], instead=True)
+    if kind[0] == "batch_norm":
+        reads = tuple(f"{node.target}.{name}" for name in ("running_mean", "running_var"))
+        return Tap(**base, function=tap_behind_batch_norm, reads=reads, arguments=(*kind[1], fresh))
     return Tap(**base, function=tap_behind, arguments=(*kind, fresh))
 
 
@@ -271,6 +290,10 @@ def _kind(owner: nn.Module) -> tuple[str, tuple[Any, ...]] | str | None:
             return "group_norm", (owner.num_groups, owner.eps)
         if isinstance(owner, nn.modules.instancenorm._InstanceNorm) and not owner.track_running_stats:
             return "instance_norm", (owner.eps,)
+        if isinstance(owner, _BatchNorm) and owner.running_mean is not None:
+            return "batch_norm", (owner.eps,)
+        if isinstance(owner, nn.PReLU):
+            return "prelu", ()
     return f"it belongs to a {type(owner).__name__}"
 
 

@@ -36,7 +36,8 @@ from fxsparse.graph import capture
 from fxsparse.graph.capture import Refusal
 from fxsparse.graph.guards import NOTHING
 from fxsparse.graph.inputs import split_inputs
-from fxsparse.passes.instrument_fisher import CONTAINER, InstrumentFisher, RemoveFisher, Tap, statistics_of
+from fxsparse.graph.taps import CONTAINER
+from fxsparse.passes.instrument_fisher import InstrumentFisher, RemoveFisher, Tap, statistics_of
 from fxsparse.passes.snapshot import graphs_of
 
 GATE = "gate:"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Protocol
 
 import torch
@@ -85,8 +86,8 @@ def estimate_trace(
     """
     chosen = TraceMethod.of(method)
     least = {TraceMethod.HUTCHPP: 3, TraceMethod.XTRACE: 4}.get(chosen, 1)
-    if m < least:
-        raise ConfigError(f"`m` (={m}) must be at least {least} for {chosen.value}")
+    if not is_whole(m) or m < least:
+        raise ConfigError(f"`m` (={m!r}) must be an integer of at least {least} for {chosen.value}")
     tests = _Tests(operator, torch.Generator().manual_seed(0) if generator is None else generator)
     if chosen is TraceMethod.HUTCHINSON:
         r = tests.signs(m)
@@ -101,6 +102,11 @@ def estimate_trace(
         basis[index, torch.arange(len(index))] = 1.0
         total += float(tests.times(basis)[index, torch.arange(len(index))].sum())
     return TraceEstimate(total, 0.0, len(tests.coordinates), chosen)
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a count is an integer, Python's or numpy's."""
+    return isinstance(value, Integral)
 
 
 class _Tests:

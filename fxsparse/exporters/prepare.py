@@ -18,6 +18,7 @@ from fxsparse.exporters.inputs import Inputs, read_inputs
 from fxsparse.exporters.outputs import Outputs, flatten_outputs, output_names, output_notes
 from fxsparse.exporters.targets import Dynamic
 from fxsparse.graph import isolated_clone
+from fxsparse.graph.taps import without_taps
 from fxsparse.nn import MaskedWeight, check_mask_edit, masked_weights
 from fxsparse.planning import finalize
 
@@ -73,6 +74,7 @@ def prepare(model: nn.Module, example_inputs: Any, dynamic: Axes = Dynamic.BATCH
         ConfigError: arguments of the wrong form.
     """
     _check_exportable(model)
+    model = without_taps(model)
     masked = isolated_clone(model, copied=[name for name, _ in model.named_parameters()]).cpu().eval()
     inputs = read_inputs(masked, example_inputs)
     for tensor in (*masked.parameters(), *inputs.tensors):

@@ -19,6 +19,7 @@ from fxsparse.errors import CaptureError, ConfigError
 from fxsparse.graph.clone import isolated_clone
 from fxsparse.graph.inputs import split_inputs
 from fxsparse.graph.recorder import Recording, Use, record
+from fxsparse.graph.taps import without_taps
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm)
 
@@ -115,7 +116,7 @@ def count(
     """Count `model` in eval mode at `example_inputs`; nothing is allocated for a model on the meta device.
 
     Args:
-        model: any module; it stays as it is.
+        model: any module; it stays as it is. Its Fisher taps do not count.
         example_inputs: a tuple of positional inputs, or ``(args, kwargs)``.
         masks: parameter name -> bool mask (True = alive); by default those installed in `model`.
         strict: raise where an operation cannot be counted.
@@ -126,6 +127,7 @@ def count(
         ConfigError: when a mask fits no parameter, or `samples` does not divide the counts.
     """
     args, kwargs = split_inputs(example_inputs)
+    model = without_taps(model)
     recording = record(isolated_clone(model).eval(), args, kwargs)
     masks = _installed_masks(model) if masks is None else masks
     _check_masks(model, masks)

@@ -27,6 +27,7 @@ from fxsparse.graph.guards import NOTHING, Untraceable, raising_modules
 from fxsparse.graph.inputs import split_inputs
 from fxsparse.graph.recorder import Recording
 from fxsparse.graph.specialize import specialisation, specialized
+from fxsparse.graph.taps import without_taps
 from fxsparse.graph.tracer import Trace, has_hooks, is_layer, is_leaf, is_torch_layer, trace, trace_key
 from fxsparse.graph.tracing import tracing
 from fxsparse.graph.tree import modules_of, parameters_of
@@ -82,6 +83,8 @@ def capture(
 ) -> Capture:
     """Capture `model`; it stays as it was, and its tensors are shared with the result unless `copied`.
 
+    Fisher taps are left out.
+
     Args:
         model: any module.
         example_inputs: a tuple of positional inputs, or ``(args, kwargs)``. Without them there is no recording, and a
@@ -103,6 +106,7 @@ def capture(
     """
     if not isinstance(model, nn.Module):
         raise CaptureError(f"`model` (={type(model).__name__}) must be a torch.nn.Module")
+    model = without_taps(model)
     if specialize and example_inputs is None:
         raise ConfigError("`specialize` (=True) needs `example_inputs`, to which the graph is specialised")
     if example_inputs is None:

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxsparse.errors import ConfigError
-from fxsparse.graph import edit, provenance
+from fxsparse.graph import edit
+from fxsparse.graph.taps import BEHIND, CONTAINER, Replaced, Statistics, erase_taps
 from fxsparse.passes.infra import Pass
 from fxsparse.passes.snapshot import graphs_of
-
-CONTAINER = "fisher_statistics"
-"""The submodule of a graph that holds its statistics."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +26,12 @@ class Tap:
         parameters: first names of those whose statistics are taken: the weight and the bias, None for none; any
             number of them with `runner`.
         sizes: lengths of the statistics.
-        function: behind the node, called as ``function(y, x, statistics, mask, *arguments)`` with the node's output y
-            and first input x; instead of the node as ``function(x, weight, bias, statistics, mask, *arguments)``. It
+        function: behind the node, called as ``function(y, x, statistics, mask, *reads, *arguments)`` with the node's
+            output y and first input x; instead of the node as ``function(x, weight, bias, statistics, mask,
+            *arguments)``. It
             hands the statistics to autograd as the gradients of the two tensors (or None) in ``statistics``.
         mask: path, in the graph, of the mask that the weight is read through; None for none.
+        reads: paths, in the graph, of buffers that a function behind the node takes before the constants.
         arguments: constants.
         instead: whether the function takes the node's place: a call of a module that holds `weight` and `bias`, or a
             function of x, weight and bias.
@@ -47,6 +47,7 @@ class Tap:
     arguments: tuple[Any, ...] = ()
     instead: bool = False
     runner: Callable[[nn.Module, Sequence[nn.Parameter]], nn.Module] | None = None
+    reads: tuple[str, ...] = ()
 
     @property
     def source(self) -> str:
@@ -100,9 +101,9 @@ class InstrumentFisher(Pass):
 
     def _insert(self, module: fx.GraphModule, tap: Tap, weight: Tensor) -> None:
         if not hasattr(module, CONTAINER):
-            module.add_submodule(CONTAINER, _Statistics())
+            module.add_submodule(CONTAINER, Statistics())
         holder = module.get_submodule(CONTAINER)
-        assert isinstance(holder, _Statistics)
+        assert isinstance(holder, Statistics)
         node = next(node for node in module.graph.nodes if node.name == tap.node)
         place: dict[str, Any] = {"before": node.next} if not tap.instead else {"before": node}
 
@@ -118,12 +119,13 @@ class InstrumentFisher(Pass):
         x = _first_input(node)
         statistics = _read_statistics(holder, tap, weight, read)
         mask = None if tap.mask is None else read(tap.mask, "reads the mask")
+        buffers = [read(target, "reads a buffer") for target in tap.reads]
         assert tap.function is not None
         tapped = edit.insert_call(
             module.graph,
             tap.function,
-            (node, x, statistics, mask, *tap.arguments),
-            what="taps the output",
+            (node, x, statistics, mask, *buffers, *tap.arguments),
+            what=BEHIND,
             pass_name=self.name,
             source=tap.source,
             **place,
@@ -133,13 +135,13 @@ class InstrumentFisher(Pass):
     def _take_place(
         self,
         module: fx.GraphModule,
-        holder: _Statistics,
+        holder: Statistics,
         tap: Tap,
         node: fx.Node,
         read: Callable[[str, str], fx.Node],
         weight: Tensor,
     ) -> None:
-        holder.replaced[node.name] = _Call(node.op, node.target, len(node.args), tuple(node.kwargs))
+        holder.replaced[node.name] = Replaced(node.op, node.target, len(node.args), tuple(node.kwargs))
         if node.op == "call_module":
             owner = module.get_submodule(str(node.target))
             operands: list[Any] = [_first_input(node)]
@@ -158,14 +160,14 @@ class InstrumentFisher(Pass):
 
 
 def _read_statistics(
-    holder: _Statistics, tap: Tap, weight: Tensor, read: Callable[[str, str], fx.Node]
+    holder: Statistics, tap: Tap, weight: Tensor, read: Callable[[str, str], fx.Node]
 ) -> tuple[fx.Node | None, ...]:
     """Statistics of zeros, registered, and the nodes that read them."""
     names = _register(holder, tap, weight)
     return tuple(None if name is None else read(f"{CONTAINER}.{name}", "reads the statistic") for name in names)
 
 
-def _register(holder: _Statistics, tap: Tap, weight: Tensor) -> list[str | None]:
+def _register(holder: Statistics, tap: Tap, weight: Tensor) -> list[str | None]:
     """Statistics of zeros in the holder, by their names there."""
     found: list[str | None] = []
     wide = torch.promote_types(weight.dtype, torch.float32)
@@ -180,13 +182,13 @@ def _register(holder: _Statistics, tap: Tap, weight: Tensor) -> list[str | None]
     return found
 
 
-def _call_runner(module: fx.GraphModule, holder: _Statistics, tap: Tap, node: fx.Node, weight: Tensor) -> None:
+def _call_runner(module: fx.GraphModule, holder: Statistics, tap: Tap, node: fx.Node, weight: Tensor) -> None:
     assert tap.runner is not None
     names = _register(holder, tap, weight)
     statistics = [holder.get_parameter(name) for name in names if name is not None]
     own = f"runner{len(holder._modules)}"
     holder.add_module(own, tap.runner(module.get_submodule(str(node.target)), statistics))
-    holder.replaced[node.name] = _Call(node.op, node.target, None, ())
+    holder.replaced[node.name] = Replaced(node.op, node.target, None, ())
     node.target = f"{CONTAINER}.{own}"
 
 
@@ -204,63 +206,11 @@ class RemoveFisher(Pass):
         """Remove, graph by graph."""
         modified = False
         for path, found in graphs_of(module).items():
-            holder = getattr(found, CONTAINER, None)
-            if not isinstance(holder, _Statistics):
+            if not erase_taps(found):
                 continue
-            for node in reversed(list(found.graph.nodes)):
-                if node.name in holder.replaced:
-                    holder.replaced[node.name].restore(node)
-                    continue
-                stamp = provenance.read(node)
-                if stamp is None or stamp.pass_name != "instrument_fisher":
-                    continue
-                if stamp.what == "taps the output":
-                    node.replace_all_uses_with(node.args[0])
-                edit.erase(node)
-            found.delete_submodule(CONTAINER)
             self.record(path or "the root", "Fisher taps removed")
             modified = True
         return modified
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What a node called before a tap took its place, and with how many arguments; None where it has them still."""
-
-    op: str
-    target: Any
-    args: int | None
-    kwargs: tuple[str, ...]
-
-    def restore(self, node: fx.Node) -> None:
-        if self.args is None:
-            node.op, node.target = self.op, self.target
-            return
-        operands = node.args[: self.args + len(self.kwargs)]
-        node.op, node.target = self.op, self.target
-        node.args = operands[: self.args]
-        node.kwargs = dict(zip(self.kwargs, operands[self.args :], strict=True))
-
-
-class _Statistics(nn.Module):
-    """Holds statistics; they are no part of a state dict."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.parameter_names: dict[str, str] = {}
-        self.replaced: dict[str, _Call] = {}
-        self.register_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]  # untyped in torch
-        self.register_load_state_dict_pre_hook(_provide)  # type: ignore[no-untyped-call]  # untyped in torch
-
-
-def _forget(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
-    for name in module._parameters:
-        state.pop(prefix + name, None)
-
-
-def _provide(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
-    for name, parameter in module._parameters.items():
-        state.setdefault(prefix + name, parameter)
 
 
 def _first_input(node: fx.Node) -> fx.Node:
@@ -275,7 +225,7 @@ def statistics_of(module: nn.Module) -> dict[str, nn.Parameter]:
     found = {}
     for graph in graphs_of(module).values():
         holder = getattr(graph, CONTAINER, None)
-        if isinstance(holder, _Statistics):
+        if isinstance(holder, Statistics):
             for name, parameter in holder._parameters.items():
                 if parameter is not None:
                     found[holder.parameter_names[name]] = parameter

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from fxsparse.errors import CaptureError, ConfigError
 from fxsparse.graph import capture, count, graphs_of
 from fxsparse.graph.mishaps import mishap
+from fxsparse.graph.taps import without_taps
 from fxsparse.nn import masked_weights, masks
 from fxsparse.passes.compact_channels import Compacted, compact_channels
 from fxsparse.passes.compact_classes import Place
@@ -109,7 +110,8 @@ def compact(
     so the outputs may differ where batch statistics or dropout act on it; the report says whether they did.
 
     Args:
-        model: a model with masks, or one whose dead weights are zeros (`finalize`); it stays as it was.
+        model: a model with masks, or one whose dead weights are zeros (`finalize`); it stays as it was. The result has
+            none of its Fisher taps.
         example_inputs: a tuple of positional inputs, or ``(args, kwargs)``.
         optimizer: any torch.optim optimizer of the model's parameters. It is moved to the result: its parameter groups
             hold the new parameters, its state is shortened like them, and schedulers that hold it keep working. It does
@@ -140,6 +142,7 @@ def compact(
     >>> torch.testing.assert_close(small(x), sparse(x), rtol=1e-12, atol=1e-12)
     """
     check_compactable(model)
+    model = without_taps(model)
     moves = Moves(model, example_inputs, optimizer, followers)
     source = captured_form(model, example_inputs)
     found = compact_channels(source, folded_form(source), example_inputs)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fxsparse.errors import ConfigError
+from fxsparse.graph.taps import without_taps
 from fxsparse.nn import masks, set_masks
 from fxsparse.passes.compact_channels import Compacted, compact_channels
 from fxsparse.passes.compact_classes import Place
@@ -37,7 +38,7 @@ class Followers:
         self.captured, self.made = captured, list[nn.Module]()
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         for follower in self.followers:
-            inner = getattr(follower, "module", None)
+            inner = without_taps(getattr(follower, "module", None))  # type: ignore[arg-type]  # checked in the next line
             found = dict(inner.named_parameters()) if isinstance(inner, nn.Module) else {}
             if {name: tuple(parameter.shape) for name, parameter in found.items()} != shapes:
                 raise ConfigError(
@@ -62,7 +63,7 @@ class Followers:
         channels = found.channels
         lost = {} if channels is None else {place: _lost(found, place) for place in found.solution.kept}
         for follower in self.followers:
-            copy = owned_copy(self.captured(follower.module))  # type: ignore[arg-type]  # a module, as was checked
+            copy = owned_copy(self.captured(without_taps(follower.module)))  # type: ignore[arg-type]  # a module, as was checked
             _share_masks(copy, dead)
             zero(copy)
             made = compact_channels(copy, finalize(copy) if masks(copy) else copy, example_inputs, only=lost)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fxsparse.errors import ConfigError, PassError
 from fxsparse.graph import Capture, Refusal, capture, isolated_clone, structural_clone
+from fxsparse.graph.taps import without_taps
 from fxsparse.graph.tree import parameters_of
 from fxsparse.nn import Guard, MaskSpec, Route, masked_weights, set_masks, tie_masks
 from fxsparse.passes import (
@@ -279,6 +280,7 @@ def decide(
         ConfigError, CaptureError, DataError: as `plan`.
     """
     sparsity, pattern = options.sparsity, options.pattern
+    model = without_taps(model)
     check_sparsity(sparsity)
     check_options(pattern, options.distribution, options.fisher)
     check_model(model)

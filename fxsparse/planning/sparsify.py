@@ -12,6 +12,7 @@ from torch import nn
 from fxsparse.errors import ConfigError, PassError
 from fxsparse.graph import isolated_clone, specialisation
 from fxsparse.graph.scopes import collector_paused
+from fxsparse.graph.taps import without_taps
 from fxsparse.nn import MaskedWeight, SparseModule, mask_spec, masked_weights
 from fxsparse.nn.sharded import check_whole
 from fxsparse.passes import FoldMasks, Verify
@@ -42,7 +43,7 @@ def transform(
     At sparsity 0 the result computes the same outputs, bit for bit, and the same gradients.
 
     Args:
-        model: Any module; it stays as it was unless `inplace`.
+        model: Any module; it stays as it was unless `inplace`. The result has none of its Fisher taps.
         example_inputs: A tuple of positional inputs, or (args, kwargs); see `plan`.
         sparsity: Dead fraction in [0, 1).
         pattern: Which masks are legal.
@@ -75,6 +76,7 @@ def transform(
     if not isinstance(verify, Verify):
         raise ConfigError(f"`verify` (={verify!r}) must be Verify.QUICK or Verify.FULL")
     options = Options(sparsity, pattern, distribution, include, exclude, fisher, specialize)
+    model = without_taps(model)
     with collector_paused():
         copied = not inplace and not specialize  # a specialised graph is made by the identity of the tensors
         planned, captured = decide(model, example_inputs, options, compare=False, copied=copied)
@@ -92,7 +94,7 @@ def finalize(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Masks behind a computation that does not keep zeros (weight standardisation) cannot be folded and stay.
 
     Args:
-        model: A model with masks; it stays as it was unless `inplace`.
+        model: A model with masks; it stays as it was unless `inplace`. The result has none of its Fisher taps.
         inplace: The result takes over the parameters and buffers of `model`, which must not be used any more.
 
     Returns:
@@ -108,6 +110,7 @@ def finalize(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     if not masked_weights(model):
         raise ConfigError(f"`model` (={type(model).__name__}) has no masks to fold; transform it first")
     check_whole(model)
+    model = without_taps(model)
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     source = model if inplace else isolated_clone(model, copied=names)
     if isinstance(source, SparseModule):  # the root itself cannot be replaced by a pass

@@ -374,26 +374,119 @@ def test_sharded_parameters_are_named_and_the_mend_works() -> None:
     near(CurvatureOperator(whole, None, "cross_entropy", (x, y)).diag(), expected, 1e-13)
 
 
-class Attending(nn.Module):
-    """Tokens, and positions and a mask that all samples share."""
+class Counted(nn.Module):
+    """Reads rows of a weight by a function."""
+
+    def __init__(self, lookup: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.rows, self.lookup = nn.Parameter(torch.randn(6, 3)), lookup
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.lookup(tokens, self.rows * 1.5)
+
+
+LOOKUPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "embedding": lambda ids, rows: F.embedding(ids, rows, None, None, 2.0, True).tanh().sum(1),
+    "keyword": lambda ids, rows: F.embedding(ids, rows, scale_grad_by_freq=True).tanh().sum(1),
+    "torch": lambda ids, rows: torch.embedding(rows, ids, -1, True).tanh().sum(1),
+    "bag": lambda ids, rows: F.embedding_bag(ids, rows, mode="sum", scale_grad_by_freq=True).tanh(),
+}
+
+
+@pytest.mark.parametrize("lookup", LOOKUPS)
+@pytest.mark.parametrize("kind", ["ggn", "empirical", "hessian"])
+def test_functions_that_divide_gradients_by_frequencies_are_refused(lookup: str, kind: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Counted(LOOKUPS[lookup]), nn.Linear(3, 4)).double()
+    op = CurvatureOperator(model, None, "cross_entropy", (TOKENS, CLASSES), kind, check=False)
+    v = torch.ones(34)
+    calls = [lambda: op.mv(v), lambda: op.mm(v[:, None].expand(-1, 2)), op.diag, op.dense, op.gradient]
+    for call in (*calls, lambda: op.quadform(v), lambda: list(op.sample_gradients())):
+        with pytest.raises(CoupledSamples, match=r"`0` \(Counted, scale_grad_by_freq=True\)"):
+            call()
+    last = CurvatureOperator(model, ["1.weight", "1.bias"], "cross_entropy", (TOKENS, CLASSES), kind)
+    x = model[0](TOKENS).detach()
+    near(last.dense(), CurvatureOperator(model[1], None, "cross_entropy", (x, CLASSES), kind).dense(), 1e-9)
+
+
+class Standardised(nn.Module):
+    """Writes into its input."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.token, self.place, self.head = nn.Embedding(7, 4), nn.Embedding(8, 4), nn.Linear(4, 3)
-        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 3)
 
-    def forward(self, tokens: Tensor, places: Tensor, mask: Tensor) -> Tensor:
-        h = self.token(tokens) + self.place(places)
-        return self.head(self.attention(h, h, h, attn_mask=mask, need_weights=False)[0].mean(1))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x.sub_(0.5).mul_(1.3)).tanh())
 
 
-def test_an_input_of_all_samples_as_long_as_the_batch_is_named() -> None:
-    model, shared = Attending().double(), torch.randn(4, 4, dtype=torch.float64)
-    for samples in (3, 4):
-        batch = ((torch.randint(0, 7, (samples, 4)), torch.arange(4), shared), torch.randint(0, 3, (samples,)))
-        operator = CurvatureOperator(model, None, "cross_entropy", [batch])
-        if samples == 3:
-            assert bool((operator.diag() >= 0).all())
-            continue
-        with pytest.raises(DataError, match=r"\(=4 samples\).*\(4, 4\).*batches of another size"):
-            operator.diag()
+@pytest.mark.parametrize("kind", ["ggn", "hessian"])
+@pytest.mark.parametrize("check", [True, False])
+def test_models_that_write_into_their_inputs_get_copies(kind: str, check: bool) -> None:
+    torch.manual_seed(0)
+    model, x, y = Standardised().double(), drawn(5, 3), torch.tensor([0, 1, 2, 0, 1])
+    plain = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    with torch.no_grad():
+        for mine, its in zip(plain.parameters(), model.parameters(), strict=True):
+            mine.copy_(its)
+    expected = CurvatureOperator(plain, None, "cross_entropy", ((x - 0.5) * 1.3, y), kind).dense()
+    before, v = x.clone(), drawn(31, 2, seed=1)
+    op = CurvatureOperator(model, None, "cross_entropy", (x, y), kind, check=check)
+    for _ in range(2):
+        near(op.mv(v[:, 0]), expected @ v[:, 0])
+        near(op.mm(v), expected @ v)
+        near(op.diag(), expected.diagonal())
+        near(op.dense(), expected)
+    assert torch.equal(x, before)
+
+
+def test_the_caller_of_sample_gradients_is_outside_of_the_scope() -> None:
+    model, x, y = network()
+    model.train()
+    op = CurvatureOperator(model, None, "cross_entropy", [(x, y), (x, y)], chunk=2)
+    torch.manual_seed(3)
+    expected = torch.rand(6)
+    torch.manual_seed(3)
+    found = []
+    for _ in op.sample_gradients():
+        assert all(module.training for module in model.modules())
+        found.append(torch.rand(1))
+    assert torch.equal(torch.cat(found), expected)
+
+
+@pytest.mark.parametrize("chunk", [0, -2, 1.5])
+def test_pieces_have_samples(chunk: Any) -> None:
+    model, x, y = network()
+    op = CurvatureOperator(model, None, "cross_entropy", (x, y))
+    for call in (lambda: op.diag(chunk=chunk), lambda: op.sample_gradients(chunk)):
+        with pytest.raises(ConfigError, match=r"`chunk` .* must be an integer of at least 1"):
+            call()
+
+
+def test_a_product_with_no_column_has_none() -> None:
+    model, x, y = network()
+    op = CurvatureOperator(model, None, "cross_entropy", (x, y))
+    assert op.mm(torch.zeros(31, 0)).shape == (31, 0)
+    assert op.mm(np.zeros((31, 0))).shape == (31, 0)
+
+
+def test_a_batch_as_loaders_give_it_is_a_pair() -> None:
+    model, x, y = network()
+    expected = CurvatureOperator(model, None, "cross_entropy", (x, y), "empirical").diag()
+    near(CurvatureOperator(model, None, "cross_entropy", [x, y], "empirical").diag(), expected)
+    batches = CurvatureOperator(model, None, "cross_entropy", [x[:2], x[2:]])
+    assert batches.units == 5
+    near(batches.diag(), CurvatureOperator(model, None, "cross_entropy", (x, y)).diag())
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_batches_without_samples_are_passed_over(chunk: int | None) -> None:
+    model, x, y = network()
+    expected = oracle.dense(model, (x,), y, oracle.cross_entropy)
+    op = CurvatureOperator(model, None, "cross_entropy", [(x[:0], y[:0]), (x, y), (x[:0], y[:0])], chunk=chunk)
+    v = drawn(31, 2, seed=1)
+    near(op.mv(v[:, 0]), expected @ v[:, 0])
+    near(op.mm(v), expected @ v)
+    near(op.diag(), expected.diagonal())
+    near(op.dense(), expected)
+    assert op.units == 5

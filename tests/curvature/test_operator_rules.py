@@ -12,11 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxsparse.curvature.operator import CurvatureOperator
 from fxsparse.curvature.operator_rules import CheapRules
 from fxsparse.curvature.operator_scope import _load_forward_rules
+from fxsparse.errors import CaptureError
+from tests.curvature import operator_oracle as oracle
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -205,3 +208,76 @@ def test_without_tangents_torch_runs_its_own() -> None:
         rows = torch.func.jacrev(lambda w: F.linear(X0, w).sum(0))(layer.weight.detach())
     assert type(value.grad_fn).__name__ == "AddmmBackward0"
     assert torch.allclose(rows[0, 0], X0.sum(0))
+
+
+class Normed(nn.Module):
+    """Weight norm by its formula."""
+
+    def __init__(self, first: nn.Module, last: nn.Linear, dim: int | None) -> None:
+        super().__init__()
+        weights = first.parametrizations.weight
+        self.bias, self.g, self.v = first.bias, weights.original0, weights.original1
+        self.last, self.axes = last, [0, 1] if dim is None else [1 - dim]
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.g * self.v / self.v.square().sum(self.axes, keepdim=True).sqrt()
+        return self.last(F.linear(x, weight, self.bias).tanh())
+
+
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_second_derivatives_of_weight_norm(dim: int | None) -> None:
+    """The derivative of torch's own reverse pass is wrong, and not symmetric."""
+    torch.manual_seed(0)
+    model = nn.Sequential(weight_norm(nn.Linear(3, 4), dim=dim), nn.Tanh(), nn.Linear(4, 3)).double()
+    formula = Normed(model[0], model[2], dim)
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
+    names = {id(p): name for name, p in model.named_parameters()}
+    op = CurvatureOperator(model, None, "cross_entropy", (x, y), "hessian")
+    order = [(op.space.slice_of(names[id(p)]), p) for p in formula.parameters()]
+    v = torch.randn(op.space.size, 2, dtype=torch.float64)
+    given = torch.cat([v[place] for place, _ in order])
+    products = [oracle.hessian_product(formula, (x,), y, oracle.cross_entropy, each) for each in given.T]
+    found = torch.cat([op.mm(v)[place] for place, _ in order])
+    assert torch.allclose(found, torch.stack(products, 1), rtol=1e-10, atol=1e-12)
+    alone = torch.cat([op.mv(v[:, 0])[place] for place, _ in order])
+    assert torch.allclose(alone, products[0], rtol=1e-10, atol=1e-12)
+    assert op.engine._way == 0
+    op.engine._way = 1  # plain autograd
+    plain = torch.cat([op.mm(v)[place] for place, _ in order])
+    assert torch.allclose(plain, torch.stack(products, 1), rtol=1e-10, atol=1e-12)
+
+
+class _Scaled(torch.autograd.Function):
+    """x exp(s), whose backward pass takes exp(s) for a constant where it goes to x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, s: Tensor) -> Tensor:
+        ctx.save_for_backward(x, s)
+        return x * s.exp()
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, Tensor]:
+        x, s = ctx.saved_tensors
+        return delta * s.detach().exp(), (delta * x * s.exp()).sum(0)
+
+
+class ScaledLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.scale = nn.Linear(3, 3), nn.Parameter(torch.randn(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Scaled.apply(self.first(x), self.scale)
+
+
+def test_hessians_that_are_not_symmetric_are_refused() -> None:
+    torch.manual_seed(0)
+    model, x, y = ScaledLayer().double(), torch.randn(5, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
+    for check in (True, False):
+        with pytest.raises(CaptureError, match=r"not symmetric.*not differentiable itself"):
+            CurvatureOperator(model, None, "cross_entropy", (x, y), "hessian", check=check).mv(torch.ones(15))
+    op = CurvatureOperator(model, None, "cross_entropy", (x, y))  # first derivatives are right
+    v = torch.randn(15, dtype=torch.float64)
+    assert torch.allclose(op.mv(v), op.dense() @ v, rtol=1e-10, atol=1e-12)
+    one = CurvatureOperator(model, ["scale"], "cross_entropy", (x, y), "hessian").dense()
+    assert torch.allclose(one, one.T, rtol=1e-10, atol=1e-12)

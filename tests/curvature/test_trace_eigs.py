@@ -178,6 +178,11 @@ def test_bad_options() -> None:
         lambda: lanczos(op, 1, start=torch.zeros(4)),
         lambda: lobpcg(op, 1, "BE"),
         lambda: lobpcg(op, 9),
+        lambda: lobpcg(op, 1, iters=0),
+        lambda: lobpcg(op, 1, iters=-1),
+        lambda: lanczos(op, 1.5),
+        lambda: lanczos(op, 1, iters=2.5),
+        lambda: estimate_trace(op, "hutchinson", 2.5),
     ):
         with pytest.raises(ConfigError):
             call()
@@ -224,3 +229,25 @@ def test_full_lanczos_is_the_dense_spectrum(n: int, seed: int, which: str) -> No
     found = lanczos(Dense(matrix), n, which, iters=n, generator=gen(seed))
     truth = torch.linalg.eigvalsh(matrix).flip(0)
     assert torch.allclose(found.values, truth, atol=1e-8 * float(truth.abs().max()))
+
+
+@pytest.mark.parametrize("solve", [lanczos, lobpcg])
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e6])
+@pytest.mark.parametrize("rank", [30, 45])
+def test_eigenvalues_of_zero_converge(solve: object, scale: float, rank: int) -> None:
+    """Residuals are measured by the operator's norm: relative to an eigenvalue of zero nothing is ever small."""
+    matrix = scale * symmetric(50, rank=rank)
+    norm = float(torch.linalg.eigvalsh(matrix)[-1])
+    found = solve(Dense(matrix), 3, "SA", tol=1e-7)
+    assert bool(found.converged.all())
+    assert float((matrix @ found.vectors - found.vectors * found.values).norm(dim=0).max()) <= 1.01e-7 * norm
+    zeros = found.values if solve is lobpcg else found.values[-1:]  # Lanczos sees one that is there several times once
+    assert float(zeros.abs().max()) <= 1e-7 * norm
+
+
+def test_products_that_are_too_few_do_not_converge() -> None:
+    matrix = symmetric(50, rank=30)
+    for iters in (1, 3):
+        found = lobpcg(Dense(matrix), 3, "SA", iters=iters, tol=1e-7)
+        assert not bool(found.converged.any())
+        assert float(found.values.abs().max()) > 1e-3
