@@ -14,6 +14,7 @@ from fxsparse.curvature.operator_data import Batch
 from fxsparse.curvature.operator_engine import Engine
 from fxsparse.curvature.operator_forward import Tensors
 from fxsparse.curvature.operator_output import OutputCurvature
+from fxsparse.curvature.taps_formulas import wide
 
 ROW_BUDGET = 1 << 24
 """Elements of per-sample rows that are held at once."""
@@ -105,7 +106,8 @@ def _squares(
 ) -> Tensors:
     """Layers whose rows factorise by their inputs and output gradients, the rest by rows."""
     held = list(columns)
-    sums = {name: torch.zeros(shape, dtype=z.dtype, device=z.device) for name, shape in engine.space.shapes.items()}
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    sums = {name: torch.zeros(shape, dtype=dtype, device=z.device) for name, shape in engine.space.shapes.items()}
     if not held:
         return sums
     covered = frozenset() if layers is None else layers.add(held, sums)
@@ -121,7 +123,7 @@ def _squares(
         for start in range(0, len(held), many):
             u = torch.stack([each[first:last] for each in held[start : start + many]])
             for name, rows in engine.rows(piece, u, rest).items():
-                sums[name] += rows.square().flatten(0, 1).sum(0)  # rows may share memory
+                sums[name] += wide(rows).square().flatten(0, 1).sum(0)  # rows may share memory
     return sums
 
 

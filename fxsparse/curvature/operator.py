@@ -209,7 +209,7 @@ class CurvatureOperator(SpectralOperator):
         chunk: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, " P"]:
-        """The diagonal of G (of G_S, zeros elsewhere).
+        """The diagonal of G (of G_S, zeros elsewhere), in single precision at least.
 
         Args:
             method: "exact"; "mc" (labels drawn from the model) or "sketch" (random signs on the square root of the
@@ -247,7 +247,7 @@ class CurvatureOperator(SpectralOperator):
                 sums += self.space.flat(found).double()
                 units += count
         self._units = self._counted(units)
-        found_flat = (sums / self._units).to(self.space.dtype)
+        found_flat = (sums / self._units).to(torch.promote_types(self.space.dtype, torch.float32))
         return self.space.project(found_flat + self.damping)
 
     def block(self, names: Sequence[str]) -> Float[Tensor, "b b"]:

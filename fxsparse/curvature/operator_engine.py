@@ -24,7 +24,7 @@ from fxsparse.curvature.operator_blame import place_of
 from fxsparse.curvature.operator_data import Batch, Output
 from fxsparse.curvature.operator_forward import LOOSE, ModelFunction, Tensors, pulled
 from fxsparse.curvature.operator_forward_mode import Bend
-from fxsparse.curvature.operator_rows import SampleRows, slack
+from fxsparse.curvature.operator_rows import Narrowest, SampleRows, slack
 from fxsparse.curvature.operator_rules import RightRules
 from fxsparse.curvature.operator_scope import curvature_scope
 from fxsparse.curvature.operator_sharing import Sharing
@@ -59,6 +59,7 @@ class Engine(ModelFunction):
         self._rows = SampleRows(self)
         self.settled = Sharing(self).settled
         self._kept = KeptParameters(model)
+        self._measured = False
 
     @contextlib.contextmanager
     def scope(self) -> Iterator[None]:
@@ -109,7 +110,7 @@ class Engine(ModelFunction):
 
         found = self._tried(batch, lambda: self._columns(one, several, tangents), plain)
         apart, size = self._asymmetry(batch)
-        if apart <= max(slack(self.space.dtype), 64 * torch.finfo(self.space.dtype).eps) * size:
+        if apart <= max(slack(self.narrowest), 64 * torch.finfo(self.narrowest).eps) * size:
             return found
         if self._way:
             raise CaptureError(
@@ -130,6 +131,7 @@ class Engine(ModelFunction):
         self, batch: Batch, cotangents: Shaped[Tensor, "k n ..."], names: Sequence[str]
     ) -> dict[str, Shaped[Tensor, "k n ..."]]:
         """J_n^T u_kn of each sample n alone, for some of the parameters."""
+        self._measure(batch)
         return self._rows.of(batch, cotangents, names, together=self._way == 0)
 
     def _check_adjoint(self, batch: Batch) -> None:
@@ -149,7 +151,7 @@ class Engine(ModelFunction):
             gap = max(float((back[n] - same[n]).abs().max()) for n in v if v[n].numel())
             largest = max(float(back[n].abs().max()) for n in v if v[n].numel())
             apart, size = _adjoint_gap(v, along, u, back)
-            if apart > slack(z.dtype) * size or gap > slack(z.dtype) * largest:
+            if apart > slack(self.narrowest) * size or gap > slack(self.narrowest) * largest:
                 self._way = 1
 
     def _check_plain(self, batch: Batch) -> None:
@@ -162,7 +164,7 @@ class Engine(ModelFunction):
             return
         self._plain_checked = True
         few, v = self._test(batch)
-        apart, size, dtype = 0.0, 1.0, self.space.dtype
+        apart, size = 0.0, 1.0
         with contextlib.suppress(RuntimeError, NotImplementedError, ValueError):  # inputs that cannot be cut
             with seeded(0):
                 z, along = self._push_plain(few, {name: each[None] for name, each in v.items()})
@@ -170,7 +172,7 @@ class Engine(ModelFunction):
             with seeded(0):
                 back = self.gradient(few, lambda _: u)
             apart, size = _adjoint_gap(v, along[0], u, back)
-        if apart > max(slack(dtype), 64 * torch.finfo(dtype).eps) * size:
+        if apart > max(slack(self.narrowest), 64 * torch.finfo(self.narrowest).eps) * size:
             raise CaptureError(
                 f"the model's derivative along a direction and its reverse pass differ by {apart:.3g} of {size:.3g}: "
                 f"{_NOT_DIFFERENTIABLE}, give it a `jvp`, or leave the parameters in front of it out with `params`"
@@ -193,9 +195,18 @@ class Engine(ModelFunction):
                 size += float(sum(each.abs().sum() for each in terms))
         return (abs(sums[0] - sums[1]) if len(sums) == 2 else 0.0), size
 
+    def _measure(self, batch: Batch) -> None:
+        """Find the coarsest numbers of a forward pass, once: norms of double models may count in single."""
+        if not self._measured:
+            self._measured = True
+            with torch.no_grad(), Narrowest(self.narrowest) as seen:
+                self.forward(self.point, batch.inputs)
+            self.narrowest = seen.dtype
+
     def _test(self, batch: Batch) -> tuple[Batch, Tensors]:
         with contextlib.suppress(DataError):
             batch = self.settled(batch).some(_FEW)
+        self._measure(batch)
         return batch, {name: _drawn(value, number) for number, (name, value) in enumerate(self.point.items())}
 
     def _columns(self, one: Callable[[Tensors], Tensors], several: Callable[[], Tensors], tangents: Tensors) -> Tensors:
@@ -227,7 +238,7 @@ class Engine(ModelFunction):
         expected, sums = one(summed(tangents)), summed(found)
         size = max(float(each.abs().sum(0).max()) for each in found.values() if each.numel())
         gaps = [float((sums[n] - expected[n].reshape(sums[n].shape)).abs().max()) for n in sums if sums[n].numel()]
-        return all(gap <= slack(self.space.dtype) * size for gap in gaps)
+        return all(gap <= slack(self.narrowest) * size for gap in gaps)
 
     def _product_func(self, batch: Batch, tangents: Tensors, bend: Bend) -> Tensors:
         def tangent_map(q: Tensors) -> tuple[Tensor, Tensor]:

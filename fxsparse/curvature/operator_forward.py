@@ -32,6 +32,7 @@ class ModelFunction:
 
     def __init__(self, model: nn.Module, space: ParameterSpace, output: Output | None = None) -> None:
         self.model, self.space, self.output = model, space, output or one_output
+        self.narrowest = space.dtype  # the coarsest numbers of a forward pass, as far as is known
         self._parameters = dict(model.named_parameters())
         self._masks = {}
         masked = masked_weights(model)

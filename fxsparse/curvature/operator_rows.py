@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from typing_extensions import override
 
 from fxsparse.curvature.fisher_types import CoupledSamples
 from fxsparse.curvature.operator_data import Batch
@@ -69,11 +71,12 @@ class SampleRows:
         if not all(bool(each.isfinite().all()) for each in whole.values()):
             return True  # nothing can be told
         sizes = {name: float(row.abs().sum((0, 1)).max()) if row.numel() else 0.0 for name, row in rows.items()}
-        eps = torch.finfo(z.dtype).eps
+        narrowest = self.function.narrowest
+        eps = torch.finfo(narrowest).eps
         rounding = 64 * eps * max(sizes.values())
         gaps = {name: torch.tensordot(signs, row.sum(1), 1) - whole[name] for name, row in rows.items()}
         return all(
-            not gap.numel() or float(gap.abs().max()) <= max(slack(gap.dtype), 16 * eps) * sizes[name] + rounding
+            not gap.numel() or float(gap.abs().max()) <= max(slack(narrowest), 16 * eps) * sizes[name] + rounding
             for name, gap in gaps.items()
         )
 
@@ -124,3 +127,25 @@ class SampleRows:
 def slack(dtype: torch.dtype) -> float:
     """Relative difference of two ways to the same sum that rounding explains."""
     return 1e-9 if dtype is torch.float64 else 1e-3
+
+
+class Narrowest(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves its __init_subclass__ so
+    """Notes the coarsest floating-point numbers that a run makes.
+
+    Attributes:
+        dtype: theirs.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
+        self.dtype = dtype
+
+    @override
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for each in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(each, Tensor) and each.is_floating_point():
+                self.dtype = max(self.dtype, each.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+        return result

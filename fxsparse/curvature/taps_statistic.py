@@ -24,6 +24,7 @@ from fxsparse.curvature.fisher_scope import collecting_scope
 from fxsparse.curvature.fisher_types import CoupledSamples
 from fxsparse.curvature.groups import Grouping
 from fxsparse.curvature.groups_types import Heads, Reading, groupings_of
+from fxsparse.curvature.kept_state import KeptParameters
 from fxsparse.curvature.operator_checks import check_whole
 from fxsparse.curvature.operator_data import one_output
 from fxsparse.curvature.taps import Taps
@@ -31,12 +32,12 @@ from fxsparse.curvature.taps_gates import gate_taps
 from fxsparse.curvature.taps_layout import Layout
 from fxsparse.curvature.taps_places import Seen, places_of, tap_of
 from fxsparse.curvature.taps_site import names_of
-from fxsparse.errors import ConfigError, DataError
+from fxsparse.errors import CaptureError, ConfigError, DataError, FxSparseError
 from fxsparse.graph import capture
 from fxsparse.graph.capture import Refusal
 from fxsparse.graph.guards import NOTHING
 from fxsparse.graph.inputs import split_inputs
-from fxsparse.graph.taps import CONTAINER
+from fxsparse.graph.taps import CONTAINER, count_runs, holder_of
 from fxsparse.passes.instrument_fisher import InstrumentFisher, RemoveFisher, Tap, statistics_of
 from fxsparse.passes.snapshot import graphs_of
 
@@ -93,7 +94,8 @@ class Instrumented:
 
         Raises:
             ConfigError: `samples` or `passes` is no positive integer, or `loss_scale` is not finite or 0.
-            DataError: no backward pass has arrived since `clear`.
+            DataError: no backward pass has arrived since `clear`, or a graph ran several times in one forward pass,
+                whose cross terms its taps cannot see.
             CoupledSamples: a BatchNorm took its statistics from a batch since `clear`, so that no sample had a gradient
                 of its own.
         """
@@ -103,6 +105,7 @@ class Instrumented:
             raise ConfigError(f"`loss_scale` (={loss_scale!r}) must be finite and not 0")
         check_stored_dense(self.module)
         self._check_uncoupled()
+        self._check_single()
         if all(statistic.grad is None for statistic in self.statistics.values()):
             raise DataError("no backward pass of `module` has arrived since `clear`: run one before `fisher`")
         unscaled = samples**2 if mean else 1
@@ -122,6 +125,9 @@ class Instrumented:
         """Forget what has arrived."""
         for statistic in self.statistics.values():
             statistic.grad = None
+        for graph in graphs_of(self.module).values():
+            if (holder := holder_of(graph)) is not None:
+                holder.repeated = False
         self._batches = self._batches_seen()
 
     def _batches_seen(self) -> dict[str, int]:
@@ -137,6 +143,16 @@ class Instrumented:
                     f"`{path}` ({type(self.module.get_submodule(path)).__name__}) was in training mode, where it "
                     "couples samples, so that no statistic is that of single samples: put it into evaluation mode, "
                     "call `clear`, and run the batches again"
+                )
+
+    def _check_single(self) -> None:
+        for path, graph in graphs_of(self.module).items():
+            holder = holder_of(graph)
+            if holder is not None and holder.repeated:
+                names = ", ".join(f"`{name}`" for name in holder.parameter_names.values())
+                raise DataError(
+                    f"the graph `{path}` ran several times in one forward pass, so that the statistics of {names} lack "
+                    "cross terms: collect them with FisherCollector, or call `clear` and leave such batches out"
                 )
 
     def removed(self) -> nn.Module:
@@ -175,10 +191,12 @@ def instrument_fisher(
         output: takes the outputs [N, ...] out of what the model returns.
 
     Raises:
-        CaptureError: the model cannot be captured.
+        CaptureError: the model cannot be captured, or cannot run on a few samples.
         ConfigError: there is nothing to tap, or a declared layout does not fit.
         CoupledSamples: the outputs of one sample depend on the others.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"`model` (={type(model).__name__}) must be a torch.nn.Module")
     check_whole(model)
     check_stored_dense(model)
     found_graphs = capture(model, example_inputs)
@@ -212,7 +230,9 @@ def instrument_fisher(
         name, reason = next(iter(refused.items()))
         raise ConfigError(f"the model has no layer to tap: `{name}`: {reason}")
     tapped = {name: groupings[name] for tap in taps for name in tap.parameters if name is not None}
-    return Instrumented(InstrumentFisher([*taps, *found])(captured).module, refused, tapped)
+    module = InstrumentFisher([*taps, *found])(captured).module
+    count_runs(module)
+    return Instrumented(module, refused, tapped)
 
 
 def _outside(wanted: Iterable[str], refusals: Sequence[Refusal]) -> dict[str, str]:
@@ -253,12 +273,19 @@ def _examined(
 
     taps = Noted(module, every, output)
     calls: dict[int, tuple[list[Any], Any]] = {}
-    with collecting_scope(module):
-        taps.examine(batch)
-        few = taps.evidence[0]
-        with _noted_calls(module, calls), torch.no_grad():
-            args, kwargs = few.fresh()
-            module(*args, **kwargs)
+    with collecting_scope(module), KeptParameters(module).kept():
+        try:
+            taps.examine(batch)
+            few = taps.evidence[0]
+            with _noted_calls(module, calls), torch.no_grad():
+                args, kwargs = few.fresh()
+                module(*args, **kwargs)
+        except (FxSparseError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise CaptureError(
+                f"the model cannot run on a few samples of `example_inputs` ({type(error).__name__}: {error})"
+            ) from error
     refused = dict(taps.refused)
     for site in noted.get("sites", ()):
         reason = None

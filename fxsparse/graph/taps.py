@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from fxsparse.graph import edit, provenance
@@ -39,10 +41,18 @@ class Replaced:
 
 
 class Statistics(nn.Module):
-    """Holds statistics; they are no part of a state dict."""
+    """Holds statistics; they are no part of a state dict.
+
+    Attributes:
+        parameter_names: by own name of a statistic, the first name of its parameter.
+        replaced: by name of a node, what it called before.
+        runs: how often the graph has run in the present forward pass, where that is counted.
+        repeated: whether it ran several times in one.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.runs, self.repeated = 0, False
         self.parameter_names: dict[str, str] = {}
         self.replaced: dict[str, Replaced] = {}
         self.register_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]  # untyped in torch
@@ -59,10 +69,48 @@ def _provide(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) 
         state.setdefault(prefix + name, parameter)
 
 
+def count_runs(module: nn.Module) -> None:
+    """Let each graph with taps below the module itself count how often it runs in one forward pass of the module.
+
+    Code outside of graphs may call one several times where the data say so, which no example run can foresee.
+    """
+    holders = {path: each for path, graph in modules_of(module) if (each := holder_of(graph)) is not None and path}
+    if not holders:
+        return
+    module.register_forward_pre_hook(partial(_begin, tuple(holders.values())))
+    for path, holder in holders.items():
+        module.get_submodule(path).register_forward_pre_hook(partial(_count, holder))
+
+
+def _begin(holders: tuple[Statistics, ...], module: nn.Module, args: object) -> None:
+    for holder in holders:
+        holder.runs = 0
+
+
+def _count(holder: Statistics, graph: nn.Module, args: object) -> None:
+    again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1  # by a backward pass
+    if torch.is_grad_enabled() and not again:
+        holder.runs += 1
+        holder.repeated = holder.repeated or holder.runs > 1
+
+
+def holder_of(graph: nn.Module) -> Statistics | None:
+    """What holds the statistics of a graph; None where it has no taps."""
+    holder = graph._modules.get(CONTAINER) if isinstance(graph, fx.GraphModule) else None
+    return holder if isinstance(holder, Statistics) else None
+
+
+def forget_runs(module: nn.Module) -> None:
+    """Take away what `count_runs` has put on one module."""
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if isinstance(hook, partial) and hook.func in (_begin, _count):
+            del module._forward_pre_hooks[key]
+
+
 def erase_taps(graph: fx.GraphModule) -> bool:
     """Take the taps out of a graph, which is changed; its code is what it was before. Whether there were any."""
-    holder = getattr(graph, CONTAINER, None)
-    if not isinstance(holder, Statistics):
+    holder = holder_of(graph)
+    if holder is None:
         return False
     for node in reversed(list(graph.graph.nodes)):
         if node.name in holder.replaced:
@@ -84,6 +132,7 @@ def without_taps(model: nn.Module) -> nn.Module:
         return model
     clone = structural_clone(model)
     for _, module in modules_of(clone):
+        forget_runs(module)
         if isinstance(module, fx.GraphModule) and erase_taps(module):
             module.recompile()
     return clone

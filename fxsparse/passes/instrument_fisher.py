@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 
 from fxsparse.errors import ConfigError
 from fxsparse.graph import edit
-from fxsparse.graph.taps import BEHIND, CONTAINER, Replaced, Statistics, erase_taps
+from fxsparse.graph.taps import BEHIND, CONTAINER, Replaced, Statistics, erase_taps, forget_runs, holder_of
+from fxsparse.graph.tree import modules_of
 from fxsparse.passes.infra import Pass
 from fxsparse.passes.snapshot import graphs_of
 
@@ -205,6 +206,8 @@ class RemoveFisher(Pass):
     def call(self, module: nn.Module) -> bool:
         """Remove, graph by graph."""
         modified = False
+        for _, each in modules_of(module):
+            forget_runs(each)
         for path, found in graphs_of(module).items():
             if not erase_taps(found):
                 continue
@@ -224,8 +227,8 @@ def statistics_of(module: nn.Module) -> dict[str, nn.Parameter]:
     """The statistics of an instrumented module by the tapped parameter's name."""
     found = {}
     for graph in graphs_of(module).values():
-        holder = getattr(graph, CONTAINER, None)
-        if isinstance(holder, Statistics):
+        holder = holder_of(graph)
+        if holder is not None:
             for name, parameter in holder._parameters.items():
                 if parameter is not None:
                     found[holder.parameter_names[name]] = parameter

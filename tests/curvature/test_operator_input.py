@@ -490,3 +490,39 @@ def test_batches_without_samples_are_passed_over(chunk: int | None) -> None:
     near(op.diag(), expected.diagonal())
     near(op.dense(), expected)
     assert op.units == 5
+
+
+class SingleNorm(nn.Module):
+    """A norm that counts in single precision whatever the model's is, as those of language models do."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(features) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.float()
+        return self.weight * (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+@pytest.mark.parametrize("kind", ["ggn", "empirical", "hessian"])
+def test_double_models_that_count_in_single_precision_in_places(kind: str) -> None:
+    """Their derivatives forward and backward differ by the rounding of single precision, which is no fault."""
+    torch.manual_seed(0)
+    layers = (nn.Linear(6, 16), SingleNorm(16), nn.Tanh(), nn.Linear(16, 16), SingleNorm(16), nn.Linear(16, 4))
+    model = nn.Sequential(*layers).double()
+    x, y = torch.randn(20, 6, dtype=torch.float64), torch.randint(4, (20,))
+    op = CurvatureOperator(model, None, "cross_entropy", [(x, y)], kind)
+    v = torch.randn(op.space.size, dtype=torch.float64)
+    exact = nn.Sequential(
+        *(
+            each if not isinstance(each, SingleNorm) else nn.RMSNorm(16, eps=1e-6, dtype=torch.float64)
+            for each in layers
+        )
+    )
+    for mine, own in zip(exact, layers, strict=True):
+        if isinstance(own, SingleNorm):
+            mine.weight = own.weight
+    expected = CurvatureOperator(exact, None, "cross_entropy", [(x, y)], kind)
+    torch.testing.assert_close(op.mv(v), expected.mv(v), rtol=1e-4, atol=1e-5)
+    if kind != "hessian":
+        torch.testing.assert_close(op.diag(), expected.diag(), rtol=1e-4, atol=1e-6)
