@@ -199,9 +199,9 @@ class Engine(ModelFunction):
         """Find the coarsest numbers of a forward pass, once: norms of double models may count in single."""
         if not self._measured:
             self._measured = True
-            with torch.no_grad(), Narrowest(self.narrowest) as seen:
-                self.forward(self.point, batch.inputs)
-            self.narrowest = seen.dtype
+            with contextlib.suppress(Exception), seeded(0), torch.no_grad(), Narrowest(self.narrowest) as seen:
+                self.forward(self.point, batch.inputs)  # what it cannot run is told by the run that was asked for
+                self.narrowest = seen.dtype
 
     def _test(self, batch: Batch) -> tuple[Batch, Tensors]:
         with contextlib.suppress(DataError):
