@@ -1,8 +1,8 @@
 """What does the Fisher cost? One collection, in units of one forward and backward pass of the same model.
 
 Run: python benchmarks/fisher_speed.py [--seconds 2] [--peers] [--memory]
-Variants, interleaved in one process, one thread, freed memory kept (see steady_memory.py); the least processor time of
-each, as a multiple of the unit:
+Variants, in turn in one process, in an order that changes from round to round, one thread, freed memory kept (see
+steady_memory.py); the least processor time of each, as a multiple of the unit:
   step               forward and backward with all gradients: the unit
   group <kind>       `FisherCollector.update`, groups by module type; it is all that is needed beside the step
   element <kind>     the same with every entry a group, without variances
@@ -15,6 +15,7 @@ do both and that train with taps; and how much smaller the stored statistics are
 from __future__ import annotations
 
 import argparse
+import random
 import resource
 import subprocess
 import sys
@@ -109,15 +110,16 @@ def variants(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Callable[[], o
 
 
 def measure(runs: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """The least processor time of each, taken in turns."""
+    """The least processor time of each, taken in turns, whose order changes: what ran before empties caches."""
     best = dict.fromkeys(runs, float("inf"))
     for run in runs.values():
         run()
-    end = time.perf_counter() + seconds * len(runs)
+    end, order, source = time.perf_counter() + seconds * len(runs), list(runs), random.Random(0)
     while time.perf_counter() < end:
-        for name, run in runs.items():
+        source.shuffle(order)
+        for name in order:
             start = time.process_time()
-            run()
+            runs[name]()
             best[name] = min(best[name], time.process_time() - start)
     return best
 
