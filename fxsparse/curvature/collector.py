@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fxsparse.curvature.arguments import check_batches, check_kind
 from fxsparse.curvature.collector_blocks import Pool
 from fxsparse.curvature.collector_engine import Collected, Engine, Recipe, check_recipe
-from fxsparse.curvature.collector_options import check_options, chosen_parameters
+from fxsparse.curvature.collector_options import check_options, chosen_parameters, declared_heads
 from fxsparse.curvature.collector_ranks import own_draws, set_draws
 from fxsparse.curvature.collector_readings import DEFAULT_TASK, Readings
 from fxsparse.curvature.collector_settled import Settled, until_settled
@@ -100,11 +101,11 @@ class FisherCollector(Readings):
         variance: bool = True,
         output: Callable[[Any], Tensor] = one_output,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise ConfigError(f"`model` (={type(model).__name__}) must be a torch.nn.Module")
+        check_kind(model, "model", nn.Module)
         self.model = unwrap(model)
         self._gathered = Gathered.of(self.model)
-        check_options(unit, accumulate, support, absent, beta)
+        check_options(unit, accumulate, support, absent, beta, variance, output)
+        heads = declared_heads(heads)
         if not isinstance(generator, torch.Generator | None):
             raise ConfigError(f"`generator` (={generator!r}) must be a torch.Generator, or None")
         check_groups(groups)
@@ -179,8 +180,10 @@ class FisherCollector(Readings):
 
         Raises:
             ConfigError: a number out of range (nothing has changed then), or fewer than `top` groups.
-            DataError: as `update`, here or on another rank.
+            DataError: as `update`, here or on another rank, or a single batch that is not in a list.
         """
+        check_batches(batches, "batches")
+        check_task(task)
         watch = Settled(top, overlap, patience)
 
         def pooled() -> Tensor | None:
@@ -231,10 +234,12 @@ class FisherCollector(Readings):
         """Write the state to a safetensors file, bit for bit, in one step.
 
         Raises:
+            ConfigError: no path.
             OSError: it cannot be written.
         """
         from fxsparse.curvature.collector_file import write
 
+        check_kind(path, "path", str, Path)
         write(self.state_dict(), Path(path))
 
     def load(self, path: str | Path) -> None:
@@ -245,8 +250,7 @@ class FisherCollector(Readings):
         """
         from fxsparse.curvature.collector_file import read
 
-        if not isinstance(path, str | Path):
-            raise ConfigError(f"`path` (={path!r}) must be a path")
+        check_kind(path, "path", str, Path)
         self.load_state_dict(read(Path(path)))
 
     def _collect(self, batch: Any, task: str) -> Collected:

@@ -302,9 +302,7 @@ class Engine:
                         squares.per_sample(name, g, weight, first)
         squares.close()
 
-    def _close_last(
-        self, recipe: Recipe, made: TapPass, z: Tensor, y: Any, valid: Tensor, squares: Squares
-    ) -> bool:
+    def _close_last(self, recipe: Recipe, made: TapPass, z: Tensor, y: Any, valid: Tensor, squares: Squares) -> bool:
         """The last linear layer in closed form, H_oo |a|^2; whether nothing else is left to do."""
         site = site_of(made.z)
         if recipe.kind not in (FisherType.EXACT, FisherType.GGN) or site is None:

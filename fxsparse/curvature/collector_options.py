@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from fxsparse.curvature.arguments import (
+    check_callable,
+    check_kind,
+    check_listed,
+    check_names,
+    check_number,
+    check_one_of,
+)
 from fxsparse.curvature.dense_storage import check_stored_dense
 from fxsparse.curvature.groups import Grouping
-from fxsparse.curvature.groups_types import aliases_of
+from fxsparse.curvature.groups_types import Heads, aliases_of
 from fxsparse.curvature.operator_space import own_parameters
 from fxsparse.errors import ConfigError
 
@@ -53,6 +61,9 @@ def chosen_parameters(model: nn.Module, wanted: Collection[str] | None) -> dict[
         found = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
     else:
         first = {alias: names[0] for names in aliases_of(model).values() for alias in names if names[0] in named}
+        wanted = check_names(wanted, "parameters")
+        if not wanted:
+            raise ConfigError("`parameters` (=()) must name at least one; leave it out for all that require gradients")
         unknown = [name for name in wanted if name not in first]
         if unknown:
             raise ConfigError(f"`parameters` (={unknown[0]!r}) is no parameter of the model")
@@ -72,16 +83,21 @@ def chosen_parameters(model: nn.Module, wanted: Collection[str] | None) -> dict[
     return found
 
 
-def check_options(unit: str, accumulate: str, support: str, absent: str, beta: float) -> None:
-    """Raise ConfigError for an option that does not exist or is out of range."""
-    _check_one_of("unit", unit, ("sample", "token"))
-    _check_one_of("accumulate", accumulate, ("mean", "ema"))
-    _check_one_of("support", support, ("mask", "dense"))
-    _check_one_of("absent", absent, ("skip", "zero"))
-    if not 0 <= beta < 1:
+def check_options(
+    unit: str, accumulate: str, support: str, absent: str, beta: float, variance: bool, output: object
+) -> None:
+    """Raise ConfigError for an option that does not exist, is out of range or of another type."""
+    check_one_of(unit, "unit", ("sample", "token"))
+    check_one_of(accumulate, "accumulate", ("mean", "ema"))
+    check_one_of(support, "support", ("mask", "dense"))
+    check_one_of(absent, "absent", ("skip", "zero"))
+    check_number(beta, "beta", 0)
+    if not beta < 1:
         raise ConfigError(f"`beta` (={beta}) must lie in [0, 1)")
+    check_kind(variance, "variance", bool)
+    check_callable(output, "output")
 
 
-def _check_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ConfigError(f"`{name}` (={value!r}) must be one of {', '.join(map(repr, known))}")
+def declared_heads(heads: Iterable[Heads]) -> tuple[Heads, ...]:
+    """The declared layouts; raises ConfigError for others, or one without a list around it."""
+    return check_listed(heads, "heads", Heads)

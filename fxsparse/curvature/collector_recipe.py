@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxsparse.curvature.arguments import check_one_of
 from fxsparse.curvature.fisher_types import FisherType
 from fxsparse.curvature.losses import CallableLoss, OutputLoss
 from fxsparse.errors import ConfigError
+from fxsparse.sparsity.counts import check_count
 
 TOKEN_METHODS = ("exact", "signs", "expand")
 
@@ -110,15 +112,12 @@ def described(loss: OutputLoss) -> str:
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Raise ConfigError for options that exclude each other."""
-    if recipe.token_method not in TOKEN_METHODS:
-        raise ConfigError(
-            f"`token_method` (={recipe.token_method!r}) must be one of {', '.join(map(repr, TOKEN_METHODS))}"
-        )
+    """Raise ConfigError for options that exclude each other, or are out of range."""
+    check_one_of(recipe.token_method, "token_method", TOKEN_METHODS)
     if recipe.token_method == "expand" and (recipe.kind is not FisherType.EMPIRICAL or not recipe.per_token):
         raise ConfigError("`token_method` (='expand') needs `kind` (='empirical') and `unit` (='token')")
     if recipe.token_method == "signs" and recipe.kind not in (FisherType.EXACT, FisherType.GGN):
         raise ConfigError("`token_method` (='signs') needs `kind` (='true') or 'ggn'")
-    for name, value in (("samples", recipe.samples), ("chunk", recipe.chunk)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ConfigError(f"`{name}` (={value!r}) must be an integer of at least 1")
+    check_count(recipe.samples, "samples", 1)
+    if recipe.chunk is not None:
+        check_count(recipe.chunk, "chunk", 1)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxsparse.curvature.arguments import check_batches, check_kind, check_names
 from fxsparse.curvature.compensate_options import Compensation as Compensation
 from fxsparse.curvature.compensate_options import CompensationReport as CompensationReport
 from fxsparse.curvature.compensate_plan import CompensationPlan
@@ -16,6 +17,7 @@ from fxsparse.errors import ConfigError, DataError
 from fxsparse.nn import MaskedWeight, masked_weights
 from fxsparse.nn.masked import check_mask
 from fxsparse.sparsity import Distribution, Pattern, SharedSupport, Uniform
+from fxsparse.sparsity.counts import check_sparsity
 from fxsparse.sparsity.grouping import support_order
 from fxsparse.training.calibration import Calibration
 from fxsparse.training.distributed import check_not_sharded, unwrap
@@ -61,8 +63,9 @@ def compensate(
 
     Raises:
         ConfigError: no masks, an unknown name, neither or both of `sparsity` and `masks`, a pattern or sparsity that a
-            weight excludes, or a weight whose inputs are not known. Nothing has changed.
-        DataError: no calibration data, too few of them, or inputs or weights that are not finite. Nothing has changed.
+            weight excludes, a weight whose inputs are not known, or an argument of another type. Nothing has changed.
+        DataError: no calibration data, too few of them, a single batch that is not in a list, one that the model cannot
+            run on, or inputs or weights that are not finite. Nothing has changed.
 
     >>> from fxsparse.nn import Linear
     >>> torch.manual_seed(0)
@@ -72,7 +75,9 @@ def compensate(
     >>> report.layers[0].after < report.layers[0].before
     True
     """
+    check_kind(model, "model", nn.Module)
     check_not_sharded(model)
+    check_batches(calibration, "calibration")
     plan = _plan(unwrap(model), sparsity, pattern, distribution, masks, names, how)
     batches = tuple(calibration)
     if not batches:
@@ -93,10 +98,16 @@ def _plan(
 ) -> CompensationPlan:
     if (sparsity is None) == (masks is None):
         raise ConfigError(f"give either `sparsity` (={sparsity}) or `masks`, which are then only compensated")
+    if sparsity is not None:
+        check_sparsity(sparsity)
+    check_kind(pattern, "pattern", Pattern, type(None))
+    check_kind(distribution, "distribution", Distribution)
+    check_kind(masks, "masks", Mapping, type(None))
+    check_kind(how, "how", Compensation)
     known = masked_weights(model)
     if not known:
         raise ConfigError(f"`model` (={type(model).__name__}) has no masks; call fxsparse.transform on it first")
-    wanted = list(names) if names is not None else list(known if masks is None else masks)
+    wanted = list(check_names(names, "names")) if names is not None else list(known if masks is None else masks)
     if not wanted:
         raise ConfigError("`names` (=none) must name at least one masked weight")
     for name in (*wanted, *(masks or {})):
@@ -121,7 +132,13 @@ def _row_orders(
     for name, masked in weights.items():
         pattern, mask, layout, order = patterns[name], masks[name], masked.spec.layout, masked.row_order
         spec = dataclasses.replace(masked.spec, pattern=pattern)
-        if isinstance(pattern, SharedSupport) and mask.dtype is torch.bool and mask.shape == masked.weight.shape:
+        given = isinstance(mask, Tensor)
+        if (
+            given
+            and isinstance(pattern, SharedSupport)
+            and mask.dtype is torch.bool
+            and mask.shape == masked.weight.shape
+        ):
             found = support_order(mask, pattern.group, layout)
             order = order if found is None else found
         check_mask(name, masked.weight, spec, mask, order)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fxsparse.curvature.arguments import check_kinds, check_number
 from fxsparse.curvature.compensate_layer import Solver
 from fxsparse.errors import ConfigError
 from fxsparse.sparsity.counts import check_count
@@ -24,6 +25,9 @@ class Compensation:
         block: Columns whose updates are made together in the sweep by columns.
         rounds: Steps in which shared positions are removed; more are slower and closer to one at a time.
         min_samples: Input vectors that a weight must have met; None = as many as a row keeps weights.
+
+    Raises:
+        ConfigError: an option out of range, or of another type.
     """
 
     damping: float = 0.01
@@ -35,8 +39,8 @@ class Compensation:
     min_samples: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.damping < float("inf"):
-            raise ConfigError(f"`damping` (={self.damping}) must be at least 0 and finite")
+        check_number(self.damping, "damping", 0)
+        check_kinds(bool, sequential=self.sequential, permute=self.permute)
         if self.solver is not None and not isinstance(self.solver, Solver):
             raise ConfigError(f"`solver` (={self.solver!r}) must be Solver.EXACT, Solver.COLUMNS or None")
         check_count(self.block, "block", 1)

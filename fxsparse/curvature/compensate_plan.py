@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxsparse.curvature.arguments import shown
 from fxsparse.curvature.compensate_grams import Gram, InputGrams
 from fxsparse.curvature.compensate_layer import (
     LayerProblem,
@@ -20,7 +21,7 @@ from fxsparse.curvature.compensate_layer import (
     solve_layer,
 )
 from fxsparse.curvature.compensate_options import CompensatedLayer, Compensation
-from fxsparse.errors import ConfigError, DataError
+from fxsparse.errors import ConfigError, DataError, FxSparseError
 from fxsparse.nn import MaskedWeight, check_mask_edit
 from fxsparse.sparsity import Distribution, Global, Pattern, Target, WeightSpec
 from fxsparse.training.batches import call
@@ -80,8 +81,7 @@ class CompensationPlan:
 
     def _order(self, batches: tuple[Any, ...]) -> list[str]:
         found = InputGrams(self.weights, order_only=True)
-        with found:
-            call(self.model, _inputs(batches[0]))
+        self._run(found, batches[:1])
         return [*found.order, *(name for name in self.weights if name not in found.order)]
 
     def _targets(self, batches: tuple[Any, ...]) -> dict[str, Target]:
@@ -102,10 +102,29 @@ class CompensationPlan:
     def _grams(self, names: Iterable[str], batches: tuple[Any, ...]) -> dict[str, Gram]:
         watched = {name: self.weights[name] for name in names}
         found = InputGrams(watched)
-        with found:
-            for batch in batches:
-                call(self.model, _inputs(batch))
+        self._run(found, batches)
         return {name: found.gram(name) for name in watched}
+
+    def _run(self, found: InputGrams, batches: Iterable[Any]) -> None:
+        """Watch the model on batches; raises DataError where it cannot run on one, watched or not."""
+        for number, batch in enumerate(batches):
+            try:
+                with found:
+                    call(self.model, _inputs(batch))
+            except (FxSparseError, MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception:
+                self._check_runs(number, batch)
+                raise
+
+    def _check_runs(self, number: int, batch: Any) -> None:
+        try:
+            call(self.model, _inputs(batch))
+        except Exception as error:
+            raise DataError(
+                f"`calibration` (={shown(batch)}, batch {number}) is no batch that the model can run on: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
     def _problem(self, name: str, gram: Gram) -> LayerProblem:
         masked = self.weights[name]

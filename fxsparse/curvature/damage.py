@@ -7,8 +7,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fxsparse.curvature.damage_tensors import Tensors, matched
-from fxsparse.errors import ConfigError
+from fxsparse.curvature.arguments import check_number
+from fxsparse.curvature.damage_tensors import Tensors, check_tensors, matched
+from fxsparse.errors import ConfigError, DataError
 
 
 class DamageKind(enum.Enum):
@@ -81,7 +82,7 @@ def fisher_damage(
     Raises:
         ConfigError: a Fisher or gradient is missing or of another shape, a step that is not finite, or a prediction of
             another kind.
-        DataError: a Fisher is negative or not finite, or a direction is not finite.
+        DataError: a Fisher is negative or not finite, or a direction or gradient is not finite.
 
     >>> import torch
     >>> F, g = {"w": torch.tensor([1.0, 4.0])}, {"w": torch.tensor([2.0, 1.0])}
@@ -90,6 +91,10 @@ def fisher_damage(
     (8.0, 1.6)
     """
     chosen = _kind(kind)
+    if step is not None:
+        check_number(step, "step")
+    if gradient is not None:
+        check_tensors(gradient, "gradient")
     each, total = {}, 0.0
     for name, f, d in matched(fisher, direction, "direction"):
         if chosen is DamageKind.QUADRATIC:
@@ -101,8 +106,6 @@ def fisher_damage(
     value = math.fsum(each.values())
     predicted = None
     if step is not None:
-        if not math.isfinite(step):
-            raise ConfigError(f"`step` (={step}) must be a finite number")
         if chosen is not DamageKind.QUADRATIC:
             raise ConfigError(f"`step` (={step}) predicts a loss from quadratic damage only, not from {chosen.value!r}")
         slope = 0.0 if gradient is None else _inner(gradient, direction)
@@ -152,5 +155,7 @@ def _inner(gradient: Tensors, direction: Tensors) -> float:
     for name, d in direction.items():
         if name not in gradient or gradient[name].shape != d.shape:
             raise ConfigError(f"`gradient` must have an entry for `{name}` of shape {tuple(d.shape)}")
+        if bad := int((~gradient[name].isfinite()).sum()):
+            raise DataError(f"`gradient` has {bad} values at `{name}` that are not finite")
         total += float((gradient[name].double() * d.double()).sum())
     return total

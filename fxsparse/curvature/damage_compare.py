@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fxsparse.curvature.damage_tensors import Tensors, pooled
+from fxsparse.curvature.arguments import shown
+from fxsparse.curvature.damage_tensors import Tensors, check_tensors, pooled
 from fxsparse.errors import ConfigError
 from fxsparse.sparsity import Mask
 from fxsparse.sparsity.counts import check_fraction, fraction_count
@@ -58,14 +59,14 @@ def mask_overlap(a: Mapping[str, Tensor | Mask] | Tensor, b: Mapping[str, Tensor
     """Jaccard and related shares of two masks, with the level that chance alone would reach.
 
     Raises:
-        ConfigError: other names or shapes, or not bool.
+        ConfigError: other names or shapes, or no bool tensors.
 
     >>> A, B = torch.zeros(2, 10, dtype=torch.bool)
     >>> A[1:4], B[2:5] = True, True
     >>> mask_overlap(A, B).jaccard
     0.5
     """
-    first_shapes, second_shapes = _shapes(a), _shapes(b)
+    first_shapes, second_shapes = _shapes(a, "a"), _shapes(b, "b")
     for name in sorted({*first_shapes, *second_shapes}):
         if first_shapes.get(name) != second_shapes.get(name):
             shapes = f"{first_shapes.get(name, 'missing')} and {second_shapes.get(name, 'missing')}"
@@ -96,6 +97,8 @@ def compare_task_fisher(a: Tensors, b: Tensors, share: float = 0.1) -> TaskCompa
         DataError: a value is negative or not finite.
     """
     check_fraction(share, "share")
+    check_tensors(a, "a")
+    check_tensors(b, "b")
     names = [name for name in a if name in b]
     for name in names:
         if a[name].shape != b[name].shape:
@@ -133,8 +136,10 @@ def _cosine(x: Tensor, y: Tensor) -> float:
     return float(x @ y) / norms if norms else 0.0
 
 
-def _shapes(mask: Mapping[str, Tensor | Mask] | Tensor) -> dict[str, tuple[int, ...]]:
+def _shapes(mask: Mapping[str, Tensor | Mask] | Tensor, what: str) -> dict[str, tuple[int, ...]]:
     given = {"": mask} if isinstance(mask, Tensor) else mask
+    if not isinstance(given, Mapping) or not all(isinstance(each, Tensor | Mask) for each in given.values()):
+        raise ConfigError(f"`{what}` (={shown(mask)}) must be a mask, or a mapping of names to masks")
     return {name: tuple((each.tensor if isinstance(each, Mask) else each).shape) for name, each in given.items()}
 
 

@@ -45,12 +45,14 @@ def matched(fisher: Tensors, others: Tensors, what: str) -> list[tuple[str, Floa
 
 
 def check_tensors(given: object, what: str) -> None:
-    """Raise ConfigError unless it is a mapping of names to tensors."""
+    """Raise ConfigError unless it is a mapping of names to real tensors."""
     if not isinstance(given, Mapping):
         raise ConfigError(f"`{what}` (={type(given).__name__}) must be a mapping of names to tensors")
     for name, each in given.items():
         if not isinstance(each, Tensor):
             raise ConfigError(f"`{what}` has a {type(each).__name__} at {name!r}, which must be a tensor")
+        if each.is_complex():
+            raise ConfigError(f"`{what}` of {name!r} (={each.dtype}) must be real")
 
 
 def checked(name: str, fisher: Tensor) -> Float[Tensor, "*shape"]:

@@ -10,11 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fxsparse.curvature.arguments import check_kind, check_kinds, check_names, check_number, shown
 from fxsparse.curvature.collector_file import undamaged
-from fxsparse.curvature.damage_tensors import Tensors, matched
+from fxsparse.curvature.damage_tensors import Tensors, check_tensors, matched
 from fxsparse.curvature.operator_space import own_parameters
 from fxsparse.errors import ConfigError
 from fxsparse.nn import masked_weights
+from fxsparse.sparsity.counts import check_fraction
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +38,7 @@ class EWC:
         alive_only: Only alive weights of masked parameters count.
 
     Raises:
-        ConfigError: strength or decay out of range.
+        ConfigError: strength or decay out of range, or no number, or a flag that is none.
 
     >>> model = nn.Linear(2, 1, bias=False)
     >>> ewc = EWC(2.0)
@@ -50,8 +52,9 @@ class EWC:
     def __init__(
         self, strength: float = 1.0, *, online: bool = False, decay: float = 1.0, alive_only: bool = False
     ) -> None:
-        if not strength >= 0 or not 0 <= decay <= 1:
-            raise ConfigError(f"`strength` (={strength}) must be at least 0 and `decay` (={decay}) in [0, 1]")
+        check_number(strength, "strength", 0)
+        check_fraction(decay, "decay")
+        check_kinds(bool, online=online, alive_only=alive_only)
         self.strength, self.online, self.decay, self.alive_only = strength, online, decay, alive_only
         self._anchors: dict[str, _Anchor] = {}
 
@@ -70,13 +73,15 @@ class EWC:
             free: Names of parameters that nothing holds to this task.
 
         Raises:
-            ConfigError: an empty name, a missing Fisher, or one of no parameter or of another shape.
+            ConfigError: an empty name, a missing Fisher, or one of no parameter or of another shape, or an argument of
+                another type. Nothing has changed then.
             DataError: a Fisher is negative or not finite.
         """
-        if not task:
-            raise ConfigError("`task` (='') must be a name")
-        held = _held(model, fisher)
-        given = {id(parameter) for parameter in (*held.values(), *_held(model, free, "free").values())}
+        if not isinstance(task, str) or not task:
+            raise ConfigError(f"`task` (={shown(task)}) must be a name, a string that is not empty")
+        check_tensors(fisher, "fisher")
+        held, loose = _held(model, fisher), _held(model, check_names(free, "free"), "free")
+        given = {id(parameter) for parameter in (*held.values(), *loose.values())}
         for name, parameter in own_parameters(model).items():
             if parameter.requires_grad and id(parameter) not in given:
                 raise ConfigError(f"`fisher` has no entry for `{name}` of the model: collect it, or name it in `free`")
@@ -87,6 +92,7 @@ class EWC:
             for old in self._anchors.values():
                 for name, before in old.fisher.items():
                     if name in mine:
+                        _check_shape(name, before, held[name])
                         mine[name] = self.decay * before.to(mine[name]) + mine[name]
                     else:
                         mine[name], point[name] = self.decay * before, old.point[name]
@@ -94,12 +100,18 @@ class EWC:
         self._anchors[task] = _Anchor(mine, point)
 
     def penalty(self, model: nn.Module) -> Float[Tensor, ""]:
-        """E at the model's parameters, differentiable; gradient lambda F (theta - theta*)."""
+        """E at the model's parameters, differentiable; gradient lambda F (theta - theta*).
+
+        Raises:
+            ConfigError: no module, or one without a parameter of a consolidated task, or with one of another shape.
+        """
+        check_kind(model, "model", nn.Module)
         alive = {n: w.mask for n, w in masked_weights(model).items()} if self.alive_only else {}
-        first = next(model.parameters())
+        first = next(model.parameters(), torch.zeros(()))
         total = torch.zeros((), dtype=first.dtype, device=first.device)
         for anchor in self._anchors.values():
             for name, parameter in _held(model, anchor.fisher).items():
+                _check_shape(name, anchor.point[name], parameter)
                 terms = anchor.fisher[name].to(parameter) * (parameter - anchor.point[name].to(parameter)).square()
                 if name in alive:
                     terms = torch.where(alive[name], terms, 0.0)
@@ -114,8 +126,10 @@ class EWC:
         """
         if task is None:
             self._anchors = {}
-        elif self._anchors.pop(task, None) is None:
+        elif task not in self.tasks:
             raise ConfigError(f"`task` (={task!r}) was never consolidated; there are {', '.join(self.tasks) or 'none'}")
+        else:
+            del self._anchors[task]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the options; loads with `weights_only=True`."""
@@ -147,8 +161,17 @@ def _restored(task: Any, held: dict[str, Any]) -> _Anchor:
 
 
 def _held(model: nn.Module, names: Iterable[str], what: str = "fisher") -> dict[str, nn.Parameter]:
+    check_kind(model, "model", nn.Module)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     missing = [name for name in names if name not in parameters]
     if missing:
         raise ConfigError(f"`{what}` names `{missing[0]}`, which is no parameter of the model")
     return {name: parameters[name] for name in names}
+
+
+def _check_shape(name: str, before: Tensor, parameter: Tensor) -> None:
+    if before.shape != parameter.shape:
+        raise ConfigError(
+            f"`{name}` (={tuple(parameter.shape)}) of the model must have the shape that was consolidated, "
+            f"{tuple(before.shape)}: give the same model, or `clear` the task"
+        )

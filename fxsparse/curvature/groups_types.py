@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from fxsparse.curvature.arguments import check_kinds, check_names
 from fxsparse.curvature.groups import Grouping, assigned, blocks, element, slices
 from fxsparse.errors import ConfigError
+from fxsparse.sparsity.counts import check_count
 
 BUCKET_ABOVE = 50_000
 BUCKET = 1000
@@ -37,7 +39,8 @@ class Heads:
         stored_transposed: whether the matrices are stored as (in, out).
 
     Raises:
-        ConfigError: a number of heads below 1, `heads` that is no multiple of `kv_heads`, or a string instead of names.
+        ConfigError: a number of heads below 1, `heads` that is no multiple of `kv_heads`, a string instead of names, or
+            an argument of another type.
     """
 
     heads: int
@@ -51,11 +54,11 @@ class Heads:
 
     def __post_init__(self) -> None:
         for name in ("queries", "keys", "outputs", "fused"):
-            if isinstance(getattr(self, name), str):
-                raise ConfigError(f"`{name}` (={getattr(self, name)!r}) must be a tuple of names: add a comma")
-        for name, value in (("heads", self.heads), ("kv_heads", self.kv_heads)):
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ConfigError(f"`{name}` (={value!r}) must be an integer of at least 1")
+            object.__setattr__(self, name, check_names(getattr(self, name), name))
+        check_count(self.heads, "heads", 1)
+        if self.kv_heads is not None:
+            check_count(self.kv_heads, "kv_heads", 1)
+        check_kinds(bool, interleaved=self.interleaved, stored_transposed=self.stored_transposed)
         if self.kv_heads is not None and self.heads % self.kv_heads:
             raise ConfigError(f"`heads` (={self.heads}) must be a multiple of `kv_heads` (={self.kv_heads})")
 

@@ -11,8 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fxsparse.curvature.arguments import check_axis, check_kind, check_listed, check_number, shown
 from fxsparse.curvature.damage_tensors import checked
 from fxsparse.errors import ConfigError, DataError
+from fxsparse.sparsity.counts import check_count
 
 
 class TaylorKind(enum.Enum):
@@ -34,15 +36,17 @@ def obd_scores(weight: Float[Tensor, "*shape"], fisher: Float[Tensor, "*shape"])
         fisher: Diagonal of the GGN, the true or the empirical Fisher.
 
     Raises:
-        ConfigError: other shapes.
-        DataError: a Fisher is negative or not finite.
+        ConfigError: other shapes, or no tensors.
+        DataError: a Fisher is negative or not finite, or a weight is not finite.
 
     >>> obd_scores(torch.ones(2), torch.tensor([2.0, 2.0]))
     tensor([1., 1.], dtype=torch.float64)
     """
-    if fisher.shape != weight.shape:
-        raise ConfigError(f"`fisher` (={tuple(fisher.shape)}) must have the shape of the weight, {tuple(weight.shape)}")
-    return 0.5 * checked("fisher", fisher) * weight.detach().double().square()
+    w = _wide(weight, "weight")
+    check_kind(fisher, "fisher", Tensor)
+    if fisher.shape != w.shape:
+        raise ConfigError(f"`fisher` (={tuple(fisher.shape)}) must have the shape of the weight, {tuple(w.shape)}")
+    return 0.5 * checked("fisher", fisher) * w.square()
 
 
 def obs_scores(weight: Float[Tensor, " n"], inverse: Float[Tensor, "n n"]) -> Float[Tensor, " n"]:
@@ -53,8 +57,8 @@ def obs_scores(weight: Float[Tensor, " n"], inverse: Float[Tensor, "n n"]) -> Fl
         inverse: F^-1, positive definite.
 
     Raises:
-        ConfigError: other shapes.
-        DataError: the diagonal of the inverse is not positive.
+        ConfigError: other shapes, or no tensors.
+        DataError: the diagonal of the inverse is not positive, or values are not finite.
 
     >>> obs_scores(torch.ones(2), torch.linalg.inv(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))).round(decimals=6)
     tensor([0.7500, 0.7500], dtype=torch.float64)
@@ -79,8 +83,8 @@ def obs_update(
         The score and delta; w + delta is exactly 0 in Q.
 
     Raises:
-        ConfigError: other shapes, or an index that is none, out of range or named twice.
-        DataError: F^-1 is not positive definite on Q.
+        ConfigError: other shapes, no tensors, or an index that is none, out of range or named twice.
+        DataError: F^-1 is not positive definite on Q, or values are not finite.
 
     >>> inverse = torch.linalg.inv(torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=torch.float64))
     >>> score, delta = obs_update(torch.ones(2), inverse, 0)
@@ -120,18 +124,23 @@ def woodfisher_inverse(
         block: Weights per block B; all in one by default.
 
     Raises:
-        ConfigError: damping or block out of range.
+        ConfigError: damping or block out of range, or no matrix of at least one gradient.
+        DataError: a gradient is not finite.
 
     >>> woodfisher_inverse(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), 1.0)[0].round(decimals=6)
     tensor([[ 0.5455, -0.1818],
             [-0.1818,  0.7273]], dtype=torch.float64)
     """
-    samples, width = gradients.shape
+    wide = _wide(gradients, "gradients")
+    check_number(damping, "damping", 0, above=True)
+    if wide.ndim != 2 or not wide.numel():
+        raise ConfigError(f"`gradients` (={tuple(wide.shape)}) must be a matrix (N, P), N and P at least 1")
+    samples, width = wide.shape
+    if block is not None:
+        check_count(block, "block", 1)
     size = width if block is None else block
-    if not damping > 0 or size < 1:
-        raise ConfigError(f"`damping` (={damping}) must be positive and `block` (={block}) at least 1")
     blocks = -(-width // size)
-    g = torch.nn.functional.pad(gradients.detach().double(), (0, blocks * size - width)).reshape(samples, blocks, size)
+    g = torch.nn.functional.pad(wide, (0, blocks * size - width)).reshape(samples, blocks, size)
     inverse = torch.eye(size, dtype=torch.float64, device=g.device).div(damping).repeat(blocks, 1, 1)
     for each in g:
         step = (inverse @ each[..., None])[..., 0]
@@ -152,13 +161,14 @@ def woodfisher_scores(
         block: Weights per block, in flat order.
 
     Raises:
-        ConfigError: other shapes, damping or block out of range.
+        ConfigError: other shapes, no tensors, damping or block out of range.
+        DataError: a weight or gradient is not finite.
     """
-    if gradients.shape[1:] != weight.shape:
-        raise ConfigError(f"`gradients` (={tuple(gradients.shape)}) must be (N, *{tuple(weight.shape)})")
+    w = _wide(weight, "weight")
+    _check_gradients(gradients, w)
     inverse = woodfisher_inverse(gradients.flatten(1), damping, block)
-    diagonal = inverse.diagonal(dim1=1, dim2=2).reshape(-1)[: weight.numel()]
-    return 0.5 * weight.detach().double().square() / diagonal.reshape(weight.shape)
+    diagonal = inverse.diagonal(dim1=1, dim2=2).reshape(-1)[: w.numel()]
+    return 0.5 * w.square() / diagonal.reshape(w.shape)
 
 
 def taylor_scores(
@@ -169,7 +179,8 @@ def taylor_scores(
     """First-order scores (Molchanov et al., arXiv 1906.10771), float64.
 
     Raises:
-        ConfigError: an unknown kind, or other shapes.
+        ConfigError: an unknown kind, other shapes, or no tensors.
+        DataError: a weight or gradient is not finite.
 
     >>> g, w = torch.tensor([[1.0], [-1.0]]), torch.tensor([2.0])
     >>> float(taylor_scores(w, g)), float(taylor_scores(w, g, "batch"))
@@ -180,9 +191,9 @@ def taylor_scores(
     except ValueError:
         known = ", ".join(each.value for each in TaylorKind)
         raise ConfigError(f"`kind` (={kind!r}) must be one of {known}") from None
-    if gradients.shape[1:] != weight.shape or not len(gradients):
-        raise ConfigError(f"`gradients` (={tuple(gradients.shape)}) must be (N, *{tuple(weight.shape)}), N at least 1")
-    product = gradients.detach().double() * weight.detach().double()
+    w = _wide(weight, "weight")
+    _check_gradients(gradients, w)
+    product = _wide(gradients, "gradients") * w
     if chosen is TaylorKind.PER_SAMPLE:
         return product.abs().mean(0)
     mean = product.mean(0)
@@ -200,13 +211,15 @@ def theis_scores(
         axis: The channels' axis, not 0.
 
     Raises:
-        ConfigError: other shapes, or the axis of the samples.
+        ConfigError: other shapes, no tensors, or the axis of the samples.
         DataError: values that are not finite.
     """
-    if activations.shape != gradients.shape or axis % activations.ndim == 0:
+    a, g = _wide(activations, "activations"), _wide(gradients, "gradients")
+    check_axis(axis, a, "activations")
+    if a.shape != g.shape or axis % a.ndim == 0:
         shapes = f"{tuple(activations.shape)}, {tuple(gradients.shape)}"
         raise ConfigError(f"`activations` and `gradients` (={shapes}) must be alike, and `axis` (={axis}) not 0")
-    product = (activations.detach().double() * gradients.detach().double()).movedim(axis, 1)
+    product = (a * g).movedim(axis, 1)
     return channel_scores([product.flatten(2).sum(2) if product.ndim > 2 else product])
 
 
@@ -222,23 +235,27 @@ def channel_scores(
         cost: What removing one channel saves; None = 1.
 
     Raises:
-        ConfigError: no members, other shapes, or a cost that is not positive.
+        ConfigError: no members, other shapes, no samples, or a cost that is not positive and finite.
         DataError: sums that are not finite.
 
     >>> members = [torch.tensor([[1.0], [-1.0]]), torch.tensor([[2.0], [0.0]])]
     >>> float(channel_scores(members))    # squares first would give 1.5
     2.5
     """
-    if not sums or any(each.shape != sums[0].shape for each in sums):
-        raise ConfigError(f"`sums` (={[tuple(each.shape) for each in sums]}) must be alike, at least one")
+    sums = check_listed(sums, "sums", Tensor)
+    if not sums or any(each.shape != sums[0].shape or each.ndim != 2 or not len(each) for each in sums):
+        shapes = [tuple(each.shape) for each in sums]
+        raise ConfigError(f"`sums` (={shapes}) must be alike, (N, channels), at least one of at least one sample")
     score = 0.5 * torch.stack([each.detach().double() for each in sums]).sum(0).square().mean(0)
     if not bool(score.isfinite().all()):
         raise DataError("`sums` hold values that are not finite, or are too large to be squared")
     if cost is None:
         return score
+    if not isinstance(cost, Tensor):
+        check_number(cost, "cost", 0, above=True)
     price = torch.as_tensor(cost, dtype=torch.float64, device=score.device)
-    if not bool((price > 0).all()):
-        raise ConfigError("`cost` must be positive: what removing one channel saves")
+    if price.shape not in ((), score.shape) or not bool(((price > 0) & price.isfinite()).all()):
+        raise ConfigError(f"`cost` (={shown(cost)}) must be positive and finite, a number or one for each channel")
     return score / price
 
 
@@ -253,11 +270,29 @@ def _indices(removed: Any) -> list[int]:
     raise ConfigError(f"`removed` (={removed!r}) must be indices, not a mask")
 
 
+def _wide(tensor: Tensor, name: str) -> Tensor:
+    """A real tensor in float64; raises DataError where it is not finite."""
+    check_kind(tensor, name, Tensor)
+    if tensor.is_complex():
+        raise ConfigError(f"`{name}` (={tensor.dtype}) must be real")
+    wide = tensor.detach().double()
+    if bad := int((~wide.isfinite()).sum()):
+        raise DataError(f"`{name}` has {bad} values that are not finite")
+    return wide
+
+
+def _check_gradients(gradients: Tensor, weight: Tensor) -> None:
+    check_kind(gradients, "gradients", Tensor)
+    if not gradients.ndim or gradients.shape[1:] != weight.shape or not len(gradients):
+        raise ConfigError(f"`gradients` (={tuple(gradients.shape)}) must be (N, *{tuple(weight.shape)}), N at least 1")
+
+
 def _flat(weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    weight, inverse = _wide(weight, "weight"), _wide(inverse, "inverse")
     if weight.ndim != 1 or inverse.shape != (len(weight), len(weight)):
         shapes = f"{tuple(weight.shape)}, {tuple(inverse.shape)}"
         raise ConfigError(f"`weight` and `inverse` (={shapes}) must be (n,) and (n, n)")
-    return weight.detach().double(), inverse.detach().double()
+    return weight, inverse
 
 
 def _positive(diagonal: Tensor) -> Tensor:

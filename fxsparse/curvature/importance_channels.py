@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor, nn
 
+from fxsparse.curvature.arguments import check_kind, check_listed, shown
 from fxsparse.curvature.importance import channel_scores
 from fxsparse.curvature.operator import CurvatureOperator
 from fxsparse.errors import ConfigError, DataError
@@ -83,10 +84,11 @@ def channel_importance(
         chunk: Most samples whose gradients are held at once.
 
     Raises:
-        ConfigError: an unknown cost, or no prunable channels.
+        ConfigError: an unknown cost, no prunable channels, or no module.
         DataError: gradients of a sample that are NaN or infinite.
         CaptureError: the model cannot be analysed.
     """
+    check_kind(model, "model", nn.Module)
     model = unwrap(model)
     chosen = None if cost is None else _cost(cost)
     plain = finalize(model) if masked_weights(model) else model
@@ -108,7 +110,9 @@ def channel_importance(
 
 
 def channel_element_scores(
-    found: Sequence[ChannelImportance], shapes: Mapping[str, torch.Size], layouts: Mapping[str, Layout] | None = None
+    found: Sequence[ChannelImportance],
+    shapes: Mapping[str, Sequence[int]],
+    layouts: Mapping[str, Layout] | None = None,
 ) -> dict[str, Float64[Tensor, "*shape"]]:
     """Scores of elements whose sums over an output slice are the score of its channel, for `GivenScores`.
 
@@ -123,9 +127,16 @@ def channel_element_scores(
 
     Returns:
         Scores by name, of all `shapes`; channels in no group of a weight that has others in one score infinity.
+
+    Raises:
+        ConfigError: an argument of another type, or a shape that has fewer indices than there are channels in it.
     """
+    found, sizes = check_listed(found, "found", ChannelImportance), _sizes(shapes)
+    check_kind(layouts, "layouts", Mapping, type(None))
+    for layout in (layouts or {}).values():
+        check_kind(layout, "layouts", Layout)
     scores = {}
-    for name, shape in shapes.items():
+    for name, shape in sizes.items():
         own = 0 if layouts is None or name not in layouts else layouts[name].out_axis
         for axis in sorted(range(len(shape)), key=lambda dim: dim != own):
             slices = _slices(found, name, axis, shape[axis])
@@ -135,8 +146,17 @@ def channel_element_scores(
                 scores[name] = (slices / width).reshape(view).expand(shape).clone()
                 break
     highest = max((float(each[each.isfinite()].max()) for each in scores.values()), default=0.0)
-    others = {n: torch.full(shape, highest, dtype=torch.float64) for n, shape in shapes.items() if n not in scores}
-    return {name: {**scores, **others}[name] for name in shapes}
+    others = {n: torch.full(shape, highest, dtype=torch.float64) for n, shape in sizes.items() if n not in scores}
+    return {name: {**scores, **others}[name] for name in sizes}
+
+
+def _sizes(shapes: Mapping[str, Sequence[int]]) -> dict[str, torch.Size]:
+    check_kind(shapes, "shapes", Mapping)
+    for name, shape in shapes.items():
+        sizes = shape if isinstance(shape, tuple | list) else [None]
+        if not all(isinstance(size, int) and size >= 0 for size in sizes):
+            raise ConfigError(f"`shapes` of `{name}` (={shown(shape)}) must be a shape, a tuple of sizes")
+    return {name: torch.Size(shape) for name, shape in shapes.items()}
 
 
 def _slices(found: Sequence[ChannelImportance], name: str, axis: int, size: int) -> Float64[Tensor, " size"]:
@@ -145,6 +165,8 @@ def _slices(found: Sequence[ChannelImportance], name: str, axis: int, size: int)
     for each in found:
         for member in each.group.members:
             if (member.parameter, member.dim) == (name, axis):
+                if max((index for indices in member.indices for index in indices), default=0) >= size:
+                    raise ConfigError(f"`shapes` of `{name}` (={size} at axis {axis}) must hold its channels")
                 for score, indices in zip(each.scores.cpu(), member.indices, strict=True):
                     slices[list(indices)] = score
     return slices

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
-from fxsparse.curvature.damage_tensors import Tensors, checked, pooled
+from fxsparse.curvature.arguments import check_axis
+from fxsparse.curvature.damage_tensors import Tensors, check_tensors, checked, pooled
 from fxsparse.errors import ConfigError
 from fxsparse.sparsity.counts import check_fraction, fraction_count
 from fxsparse.sparsity.quantile import exact_threshold
@@ -66,13 +67,16 @@ def fisher_pruning_masks(
         axis: Prune whole slices along this axis by their sums, such as 0 for output channels; n counts slices then.
 
     Raises:
-        ConfigError: an option out of range, or a tensor without that axis.
+        ConfigError: an option out of range, a tensor without that axis, or no tensors.
         DataError: a Fisher is negative or not finite.
 
     >>> int(fisher_pruning_masks({"w": torch.ones(4)}, 0.5)["w"].sum())
     2
     """
     check_fraction(sparsity, "sparsity")
+    check_tensors(fisher, "fisher")
+    if not fisher:
+        raise ConfigError("`fisher` (=empty) must have at least one entry")
     try:
         where = Scope(scope)
     except ValueError:
@@ -120,8 +124,7 @@ def _scored(name: str, fisher: Tensor, axis: int | None) -> Float64[Tensor, " ..
     wide = checked(name, fisher)
     if axis is None:
         return wide
-    if not -wide.ndim <= axis < wide.ndim:
-        raise ConfigError(f"`axis` (={axis}) must be one of the {wide.ndim} of `{name}`")
+    check_axis(axis, wide, name)
     return wide.movedim(axis, 0).reshape(wide.shape[axis], -1).sum(1)
 
 

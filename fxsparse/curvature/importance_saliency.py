@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
+from fxsparse.curvature.arguments import check_kind, check_number
+from fxsparse.curvature.damage_tensors import check_tensors
 from fxsparse.curvature.importance_source import CurvatureSource
 from fxsparse.errors import ConfigError
 from fxsparse.sparsity.counts import check_count
@@ -29,11 +31,17 @@ class CurvatureSaliency(Saliency):
 
     Attributes:
         source: Where the curvature comes from.
+
+    Raises:
+        ConfigError: no `CurvatureSource`.
     """
 
     source: CurvatureSource
 
     pooling: ClassVar[Pooling] = Pooling.MEAN
+
+    def __post_init__(self) -> None:
+        check_kind(self.source, "source", CurvatureSource)
 
     def score(
         self,
@@ -94,6 +102,9 @@ class WoodFisher(CurvatureSaliency):
     fisher_batch: int = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number(self.damping, "damping", 0, above=True)
+        check_count(self.block, "block", 1)
         check_count(self.fisher_batch, "fisher_batch", 1)
 
     def by_curvature(self, values: Tensor, weight: Tensor, gradient: Tensor | None) -> Tensor:
@@ -115,8 +126,8 @@ class NewtonGain(CurvatureSaliency):
     needs_gradient: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not self.damping > 0:
-            raise ConfigError(f"`damping` (={self.damping}) must be positive: F is 0 in places")
+        super().__post_init__()
+        check_number(self.damping, "damping", 0, above=True)  # F is 0 in places
 
     def by_curvature(self, values: Tensor, weight: Tensor, gradient: Tensor | None) -> Tensor:
         """g^2 / (2 (F + damping))."""
@@ -144,6 +155,9 @@ class GivenScores(Saliency):
         source: Knows the parameters by their memory.
         scores: Parameter name -> scores of its shape.
         label: What they are, for records.
+
+    Raises:
+        ConfigError: no `CurvatureSource`, or no tensors by name.
     """
 
     source: CurvatureSource
@@ -151,6 +165,11 @@ class GivenScores(Saliency):
     label: str = ""
 
     pooling: ClassVar[Pooling] = Pooling.SUM
+
+    def __post_init__(self) -> None:
+        check_kind(self.source, "source", CurvatureSource)
+        check_tensors(self.scores, "scores")
+        check_kind(self.label, "label", str)
 
     def score(
         self,
@@ -202,12 +221,12 @@ def with_saliencies(method: Method, drop: Saliency | None = None, grow: Saliency
         grow: By what dead weights come alive; as before where it is None.
 
     Raises:
-        ConfigError: neither is given, `grow` for a method in which nothing grows by a score, or a method that
-            updates no masks (Static, OneShot, SNIP, GraSP, SynFlow).
+        ConfigError: neither is given, `grow` for a method in which nothing grows by a score, a method that updates no
+            masks (Static, OneShot, SNIP, GraSP, SynFlow), or an argument of another type.
     """
+    check_kind(method, "method", Method)
     for name, each in (("drop", drop), ("grow", grow)):
-        if not isinstance(each, Saliency | None):
-            raise ConfigError(f"`{name}` (={each!r}) must be a Saliency, or None")
+        check_kind(each, name, Saliency, type(None))
     if drop is None and grow is None:
         raise ConfigError("`drop` and `grow` (=None) leave nothing to change; give one of them")
     if isinstance(method, RESU):

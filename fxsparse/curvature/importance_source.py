@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fxsparse.curvature.arguments import check_callable, check_integer, check_kind, check_number, check_one_of, shown
 from fxsparse.curvature.dense_storage import check_stored_dense
 from fxsparse.curvature.importance import woodfisher_inverse
+from fxsparse.curvature.losses import as_loss
 from fxsparse.curvature.operator import CurvatureOperator
 from fxsparse.curvature.operator_data import Output
 from fxsparse.curvature.operator_output import Curvature
 from fxsparse.curvature.operator_space import Support
 from fxsparse.errors import ConfigError
 from fxsparse.nn import masked_weights
+from fxsparse.sparsity.counts import check_count
 from fxsparse.training.distributed import unwrap
 
 T = TypeVar("T")
@@ -32,7 +35,7 @@ class CurvatureSource:
         loss: As for `CurvatureOperator`.
         data: Calibration batches, the same at every update and on every rank.
         kind: Of what the diagonal is taken.
-        method: "exact", "sketch" or "mc", see `CurvatureOperator.diag`.
+        method: "exact", "sketch", "mc" or "hutchinson", see `CurvatureOperator.diag`.
         samples: Draws, for the methods that draw.
         chunk: Most samples at once.
         unit: "sample" or "token".
@@ -40,7 +43,8 @@ class CurvatureSource:
         output: Takes the logits out of what the model returns.
 
     Raises:
-        ConfigError: an unknown kind.
+        ConfigError: an unknown kind, method or unit, a number out of range, or an argument of another type.
+        UnsupportedLoss: the loss is none.
     """
 
     def __init__(
@@ -57,6 +61,18 @@ class CurvatureSource:
         seed: int = 0,
         output: Output | None = None,
     ) -> None:
+        check_kind(model, "model", nn.Module)
+        as_loss(loss)
+        if not isinstance(data, Iterable):
+            raise ConfigError(f"`data` (={shown(data)}) must be batches: an iterable of (inputs, targets)")
+        check_one_of(method, "method", ("exact", "sketch", "mc", "hutchinson"))
+        check_count(samples, "samples", 1)
+        if chunk is not None:
+            check_count(chunk, "chunk", 1)
+        check_one_of(unit, "unit", ("sample", "token"))
+        check_integer(seed, "seed")
+        if output is not None:
+            check_callable(output, "output")
         self.model, self.loss, self.kind, self.method = unwrap(model), loss, Curvature.of(kind), method
         self.data = tuple(data) if isinstance(data, Iterator) else data
         self.samples, self.chunk, self.unit, self.seed, self.output = samples, chunk, unit, seed, output
@@ -67,8 +83,9 @@ class CurvatureSource:
         """The name of the model's parameter that shares this tensor's memory.
 
         Raises:
-            ConfigError: there is none, or it may be one that is stored alive only.
+            ConfigError: it is no tensor, there is none, or it may be one that is stored alive only.
         """
+        check_kind(weight, "weight", Tensor)
         for name, parameter in self.model.named_parameters():
             same = parameter.data_ptr() == weight.data_ptr() and parameter.numel() > 0
             if same and parameter.shape == weight.shape and parameter.device == weight.device:
@@ -101,7 +118,13 @@ class CurvatureSource:
             damping: l.
             block: Weights per block.
             fisher_batch: Samples whose gradients are averaged into one g.
+
+        Raises:
+            ConfigError: a number out of range, or a weight that is none of the model.
         """
+        check_number(damping, "damping", 0, above=True)
+        check_count(block, "block", 1)
+        check_count(fisher_batch, "fisher_batch", 1)
         key = ("inverse", damping, block, fisher_batch)
         found = self._once(key, lambda: self._inverses(damping, block, fisher_batch))
         return found[self.name_of(weight)]

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fxsparse.curvature.damage_tensors import Tensors, matched
+from fxsparse.curvature.arguments import check_number
+from fxsparse.curvature.damage_tensors import Tensors, check_tensors, matched
 from fxsparse.errors import ConfigError
 
 
@@ -47,8 +48,10 @@ def fisher_uncertainty(fisher: Tensors, gradient: Tensors, samples: int, prior: 
     >>> fisher_uncertainty(t(1.0, 3.0), t(1.0, 2.0), 1, 1.0).variance
     1.5
     """
-    if samples < 1 or not prior > 0:
-        raise ConfigError(f"`samples` (={samples}) must be at least 1 and `prior` (={prior}) positive")
+    check_number(samples, "samples", 1)
+    check_number(prior, "prior", 0, above=True)
+    check_tensors(fisher, "fisher")
+    check_tensors(gradient, "gradient")
     left = [name for name in fisher if name not in gradient]
     if left:
         raise ConfigError(f"`gradient` has no entry for `{left[0]}` of `fisher`: give it, or zeros where s ignores it")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple, TypeVar
 
+from fxsparse.curvature.arguments import check_kind, check_names
 from fxsparse.errors import ConfigError
 
 T = TypeVar("T")
@@ -29,9 +30,9 @@ class Key(NamedTuple):
         """Parse a key.
 
         Raises:
-            ConfigError: it has not exactly three parts, none of them empty.
+            ConfigError: it is no string, or has not exactly three parts, none of them empty.
         """
-        parts = text.split("|")
+        parts = text.split("|") if isinstance(text, str) else []
         if len(parts) != 3 or not all(parts):
             raise ConfigError(f"`key` (={text!r}) must be 'task|param|group_type' with three parts that are not empty")
         return cls(*parts)
@@ -73,7 +74,14 @@ def restrict(
         prefix: the parameter itself or what lies below that path: "a" takes "a.weight", not "ab.weight".
         module: the module that holds the parameter.
         group_type: the group type.
+
+    Raises:
+        ConfigError: no mapping by keys, or a part that is no string.
     """
+    check_kind(values, "values", Mapping)
+    parts = {"task": task, "param": param, "prefix": prefix, "module": module, "group_type": group_type}
+    for name, part in parts.items():
+        check_kind(part, name, str, type(None))
     found = {}
     for text, value in values.items():
         key = Key.of(text)
@@ -95,11 +103,13 @@ def from_old(values: Mapping[str, T], parameters: Collection[str], group_type: s
     """Old keys 'task_param' -> new ones; the longest parameter that is a suffix decides.
 
     Raises:
-        ConfigError: no parameter is a suffix, or two old keys become one.
+        ConfigError: no parameter is a suffix, two old keys become one, or an argument of another type.
 
     >>> from_old({"task_1_fc.weight": 0}, ["fc.weight"], "channel")
     {'task_1|fc.weight|channel': 0}
     """
+    parameters = check_names(parameters, "parameters")
+    _check_old(values, group_type)
     found: dict[str, T] = {}
     for old, value in values.items():
         fitting = [name for name in parameters if old.endswith("_" + name) and len(old) > len(name) + 1]
@@ -115,12 +125,20 @@ def from_old(values: Mapping[str, T], parameters: Collection[str], group_type: s
     return found
 
 
+def _check_old(values: object, group_type: object) -> None:
+    check_kind(values, "values", Mapping)
+    check_names(values, "values")
+    if not isinstance(group_type, str) or not group_type or "|" in group_type:
+        raise ConfigError(f"`group_type` (={group_type!r}) must be a string that is not empty and holds no '|'")
+
+
 def to_old(values: Mapping[str, T]) -> dict[str, T]:
     """New keys -> old keys 'task_param', which know no group type.
 
     Raises:
-        ConfigError: two keys differ only in their group type, or become one old key.
+        ConfigError: two keys differ only in their group type, or become one old key, or no mapping by keys.
     """
+    check_kind(values, "values", Mapping)
     found: dict[str, T] = {}
     for text, value in values.items():
         key = Key.of(text)

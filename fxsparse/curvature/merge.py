@@ -5,12 +5,14 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from fxsparse.curvature.damage_tensors import Tensors, matched, pooled
+from fxsparse.curvature.arguments import check_listed, check_number
+from fxsparse.curvature.damage_tensors import Tensors, check_tensors, matched, pooled
 from fxsparse.errors import ConfigError, DataError
 
 FLOOR = 1e-12
@@ -49,18 +51,27 @@ def fisher_weighted_merge(
         New tensors by name, in the first model's dtypes.
 
     Raises:
-        ConfigError: missing names, other shapes, weights that cannot be used, or a mask of no parameter.
+        ConfigError: missing names, other shapes, weights that cannot be used, a mask of no parameter, or an argument of
+            another type.
         DataError: a Fisher is negative or not finite, or a parameter is not finite.
 
     >>> t = lambda value: {"w": torch.tensor([value])}
     >>> fisher_weighted_merge([t(1.0), t(5.0)], [t(3.0), t(1.0)])["w"]
     tensor([2.])
     """
-    shares = [1.0] * len(models) if weights is None else [float(each) for each in weights]
+    models, fishers = check_listed(models, "models", Mapping), check_listed(fishers, "fishers", Mapping)
+    masks = None if masks is None else check_listed(masks, "masks", Mapping)
+    for what, group in (("models", models), ("fishers", fishers)):
+        for tensors in group:
+            check_tensors(tensors, what)
+    given = [1.0] * len(models) if weights is None else check_listed(weights, "weights", Real)
+    for share in given:
+        check_number(share, "weights", 0)
+    shares = [float(each) for each in given]
     if not models or len(fishers) != len(models) or len(shares) != len(models):
         counts = f"{len(models)}, {len(fishers)}, {len(shares)}"
         raise ConfigError(f"`models`, `fishers` and `weights` (={counts}) must be equally many, at least one")
-    if min(shares) < 0 or not 0 < sum(shares) < math.inf:
+    if not 0 < sum(shares) < math.inf:
         raise ConfigError(f"`weights` (={shares}) must be finite, not negative, and not all 0")
     if masks is not None and len(masks) != len(models):
         raise ConfigError(f"`masks` (={len(masks)}) must be as many as `models` (={len(models)})")
@@ -144,10 +155,9 @@ def scale_by_fisher(
     >>> scale_by_fisher({"w": torch.tensor([2.0, 2.0])}, {"w": torch.tensor([3.0, 0.0])}, absolute=1.0)["w"]
     tensor([0.5000, 2.0000])
     """
-    if not math.isfinite(alpha):
-        raise ConfigError(f"`alpha` (={alpha}) must be a finite number")
-    if not (0 <= relative < math.inf and 0 <= absolute < math.inf):
-        raise ConfigError(f"`relative` (={relative}) and `absolute` (={absolute}) must be finite and at least 0")
+    check_number(alpha, "alpha")
+    check_number(relative, "relative", 0)
+    check_number(absolute, "absolute", 0)
     pairs = matched(fisher, gradients, "gradients")
     damping = absolute + (relative * float(pooled({n: f for n, f, _ in pairs}).mean()) if relative and pairs else 0.0)
     found = {}

@@ -7,13 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 import torch
 from jaxtyping import Float64
 from torch import Generator, Tensor, nn
 
+from fxsparse.curvature.arguments import (
+    check_callable,
+    check_integer,
+    check_kind,
+    check_kinds,
+    check_listed,
+    check_number,
+)
 from fxsparse.curvature.damage_compare import spearman
+from fxsparse.curvature.damage_tensors import check_tensors
 from fxsparse.curvature.percolation_groups import GroupTable, kept_tensors
 from fxsparse.curvature.percolation_rules import (
     Direction,
@@ -26,6 +36,7 @@ from fxsparse.curvature.percolation_rules import (
     picked,
 )
 from fxsparse.errors import ConfigError, DataError
+from fxsparse.sparsity.counts import check_count
 from fxsparse.sparsity.random import generator as keyed_generator
 
 Loss = Callable[[], float | Tensor]
@@ -96,7 +107,7 @@ class Percolation:
         seed: Seed of all draws.
 
     Raises:
-        ConfigError: an option out of range.
+        ConfigError: an option out of range, or of another type.
     """
 
     budget: float
@@ -111,11 +122,11 @@ class Percolation:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (self.budget > 0 and self.threshold >= 0 and self.temperature > 0):
-            raise ConfigError(
-                f"`budget` (={self.budget}) and `temperature` (={self.temperature}) must be positive, `threshold` "
-                f"(={self.threshold}) at least 0"
-            )
+        check_number(self.budget, "budget", 0, above=True)
+        check_number(self.threshold, "threshold", 0)
+        check_number(self.temperature, "temperature", 0, above=True)
+        check_integer(self.seed, "seed")
+        check_kinds(bool, mean_fisher=self.mean_fisher, antithetic=self.antithetic, relative=self.relative)
         for name, kind in (("pick", Pick), ("energy", Energy), ("direction", Direction)):
             object.__setattr__(self, name, member(kind, getattr(self, name), name))
 
@@ -140,9 +151,13 @@ class Percolation:
             gradient: dL/dw by name, for `Direction.GRADIENT`.
 
         Raises:
-            ConfigError: a concentration out of range, no gradient where it is needed, or a loss that is no number.
+            ConfigError: a concentration out of range, no gradient where it is needed, a loss that is no number, or an
+                argument of another type.
             DataError: a chosen group has no energy of its own: nothing alive, zero weights or a zero gradient.
         """
+        check_count(repeat, "repeat", 0)
+        _check_concentration(concentration)
+        _check_experiment(model, table, loss, gradient)
         source = keyed_generator(self.seed, repeat, round(concentration * 2**20), "percolation")
         chosen = self._chosen(table, concentration, source)
         delta, squares = self._delta(model, table, chosen, source, gradient)
@@ -153,9 +168,15 @@ class Percolation:
         return Shock(concentration, tuple(chosen.tolist()), risks, stressed, float(risks.sum()), measured, norm)
 
     def predicted(self, table: GroupTable, concentration: float) -> tuple[float, float]:
-        """(S, predicted change) of isotropic perturbations, without a model: R_g = mean F_g e_g / 2."""
+        """(S, predicted change) of isotropic perturbations, without a model: R_g = mean F_g e_g / 2.
+
+        Raises:
+            ConfigError: a budget relative to weights, a concentration out of range, or no table.
+        """
         if self.relative:
             raise ConfigError("`relative` (=True) needs the model's weights; call `shock`")
+        check_kind(table, "table", GroupTable)
+        _check_concentration(concentration)
         source = keyed_generator(self.seed, 0, round(concentration * 2**20), "percolation")
         chosen = self._chosen(table, concentration, source)
         risks = torch.zeros(table.count, dtype=torch.float64)
@@ -177,10 +198,13 @@ class Percolation:
         Raises:
             ConfigError: as `shock`, an empty grid or no repeats.
         """
-        if not concentrations or repeats < 1:
-            raise ConfigError(
-                f"`concentrations` (={tuple(concentrations)}) and `repeats` (={repeats}) must not be empty"
-            )
+        check_count(repeats, "repeats", 1)
+        concentrations = check_listed(concentrations, "concentrations", Real)
+        if not concentrations:
+            raise ConfigError("`concentrations` (=()) must hold at least one")
+        for each in concentrations:
+            _check_concentration(each)
+        _check_experiment(model, table, loss, gradient)
         rows = [
             [self.shock(model, table, c, loss, repeat=r, gradient=gradient) for r in range(repeats)]
             for c in concentrations
@@ -190,7 +214,7 @@ class Percolation:
         crossing = min(c for c, s in zip(concentrations, stressed, strict=True) if s >= half)
         return PercolationCurve(
             tuple(shock for row in rows for shock in row),
-            tuple(concentrations),
+            concentrations,
             stressed,
             tuple(_mean([shock.predicted for shock in row]) for row in rows),
             tuple(_mean([shock.measured for shock in row]) for row in rows),
@@ -201,7 +225,15 @@ class Percolation:
     def single_groups(
         self, model: nn.Module, table: GroupTable, loss: Loss, repeats: int = 1
     ) -> tuple[Float64[Tensor, " groups"], Float64[Tensor, " groups"], float]:
-        """(R_g, mean measured change, their rank correlation) of each group perturbed alone with the whole budget."""
+        """(R_g, mean measured change, their rank correlation) of each group perturbed alone with the whole budget.
+
+        Raises:
+            ConfigError: as `shock`, no loss or no repeats.
+            DataError: as `shock`.
+        """
+        check_count(repeats, "repeats", 1)
+        check_callable(loss, "loss")
+        _check_experiment(model, table, loss, None)
         risks = torch.zeros(table.count, dtype=torch.float64)
         changes = torch.zeros(table.count, dtype=torch.float64)
         with kept_tensors(model.buffers()):
@@ -219,8 +251,6 @@ class Percolation:
         return float((risks >= self.threshold * (1 - _ROUNDING)).sum()) / len(risks)
 
     def _chosen(self, table: GroupTable, concentration: float, source: Generator) -> Tensor:
-        if not 0 < concentration <= 1:
-            raise ConfigError(f"`concentration` (={concentration}) must be in (0, 1]")
         scores = table.means if self.mean_fisher else table.fisher
         return picked(self.pick, scores, concentrated(concentration, table.count), self.temperature, source)
 
@@ -257,6 +287,21 @@ class Percolation:
                 f"the loss changes by {change} under a perturbation of {self.budget}; make the budget smaller"
             )
         return change
+
+
+def _check_concentration(concentration: object) -> None:
+    check_number(concentration, "concentration", 0, above=True)
+    if not concentration <= 1:  # type: ignore[operator]  # it is a number
+        raise ConfigError(f"`concentration` (={concentration}) must be in (0, 1]")
+
+
+def _check_experiment(model: object, table: object, loss: object, gradient: object) -> None:
+    check_kind(model, "model", nn.Module)
+    check_kind(table, "table", GroupTable)
+    if loss is not None:
+        check_callable(loss, "loss")
+    if gradient is not None:
+        check_tensors(gradient, "gradient")
 
 
 def _number(value: object) -> float:

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float64, Int64, Shaped
 from torch import Tensor, nn
 
-from fxsparse.curvature.damage_tensors import Tensors, checked
+from fxsparse.curvature.arguments import check_axis, check_kind
+from fxsparse.curvature.damage_tensors import Tensors, check_tensors, checked
 from fxsparse.errors import ConfigError
 from fxsparse.nn import masked_weights
 
@@ -30,6 +31,14 @@ class GroupTable:
     fisher: Float64[Tensor, " groups"]
     alive: Int64[Tensor, " groups"]
     elements: Mapping[str, Float64[Tensor, "*shape"]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        check_tensors(self.ids, "ids")
+        check_tensors(self.elements, "elements")
+        for name, each in (("fisher", self.fisher), ("alive", self.alive)):
+            check_kind(each, name, Tensor)
+            if each.ndim != 1 or each.shape != self.fisher.shape:
+                raise ConfigError(f"`{name}` (={tuple(each.shape)}) must have one entry for each group")
 
     @property
     def count(self) -> int:
@@ -51,9 +60,12 @@ class GroupTable:
             axis: The axis whose indices are groups, such as 0 for output channels.
 
         Raises:
-            ConfigError: no entry, a tensor without that axis, or what a collector's `get` returns.
+            ConfigError: no entry, a tensor without that axis or of another shape than its mask, what a collector's
+                `get` returns, or an argument of another type.
             DataError: a Fisher is negative or not finite.
         """
+        check_kind(model, "model", nn.Module, type(None))
+        check_tensors(fisher, "fisher")
         masks = {} if model is None else {name: weight.mask for name, weight in masked_weights(model).items()}
         ids, start = {}, 0
         for name, each in fisher.items():
@@ -62,8 +74,9 @@ class GroupTable:
                     f"`{name}` is a key of a collector, not a parameter, and its values may be sums of groups: give "
                     "what `FisherCollector.parameters` returns"
                 )
-            if not -each.ndim <= axis < each.ndim:
-                raise ConfigError(f"`axis` (={axis}) must be one of the {each.ndim} of `{name}`")
+            check_axis(axis, each, name)
+            if name in masks and masks[name].shape != each.shape:
+                raise ConfigError(f"`{name}` (={tuple(each.shape)}) must be like its mask, {tuple(masks[name].shape)}")
             view = [1] * each.ndim
             view[axis] = -1
             index = torch.arange(each.shape[axis]).reshape(view).expand(each.shape) + start
@@ -76,10 +89,14 @@ class GroupTable:
         """Any groups, numbered from 0, from a Fisher of the entries.
 
         Raises:
-            ConfigError: names or shapes that differ, or no group.
+            ConfigError: names or shapes that differ, no group, or groups that are not int64 from -1 on.
             DataError: a Fisher is negative or not finite.
         """
+        check_tensors(fisher, "fisher")
+        check_tensors(ids, "ids")
         for name, index in ids.items():
+            if index.dtype is not torch.int64 or (index.numel() and int(index.min()) < -1):
+                raise ConfigError(f"`ids` of `{name}` (={index.dtype}) must be int64: a group's number, or -1 for none")
             if name not in fisher or fisher[name].shape != index.shape:
                 raise ConfigError(f"`ids` of `{name}` (={tuple(index.shape)}) must have a Fisher of that shape")
         count = max((int(index.max()) + 1 for index in ids.values() if index.numel()), default=0)

@@ -457,6 +457,73 @@ def test_bad_requests_are_refused_and_nothing_changes() -> None:
             Compensation(**wrong)
 
 
+@pytest.mark.parametrize(
+    ("error", "match", "calibration", "options"),
+    [
+        (DataError, r"`calibration` \(=Tensor \(96, 12\)\)", data(), {}),
+        (DataError, r"`calibration` \(=None\)", None, {}),
+        (DataError, r"`calibration` \(=3\)", 3, {}),
+        (DataError, r"`calibration` \(=\{", {"input": data()}, {}),
+        (DataError, r"`calibration` \(='x'\)", "x", {}),
+        (DataError, r"`calibration` \(=Tensor \(96, 5\), batch 1\).*shapes", [data(), data()[:, :5]], {}),
+        (DataError, r"`calibration` \(=None, batch 0\)", [None], {}),
+        (DataError, r"`calibration` \(=tuple of , batch 0\)", [()], {}),
+        (DataError, r"`calibration` \(=.*batch 0\)", [{"nope": data()}], {}),
+        (ConfigError, r"`how` \(='x'\)", [data()], {"how": "x"}),
+        (ConfigError, r"`how` \(=<class", [data()], {"how": Compensation}),
+        (ConfigError, r"`pattern` \(='x'\)", [data()], {"pattern": "x"}),
+        (ConfigError, r"`pattern` \(=<class", [data()], {"pattern": Unstructured}),
+        (ConfigError, r"`distribution` \(='x'\)", [data()], {"distribution": "x"}),
+        (ConfigError, r"`distribution` \(=None\)", [data()], {"distribution": None}),
+        (ConfigError, r"`names` \(='0.weight'\)", [data()], {"names": "0.weight"}),
+        (ConfigError, r"`names` \(=3\)", [data()], {"names": 3}),
+        (ConfigError, r"`names` \(=list of 3\)", [data()], {"names": [3]}),
+        (ConfigError, r"`sparsity` \(='x'\)", [data()], {"sparsity": "x"}),
+        (ConfigError, r"`sparsity` \(=nan\)", [data()], {"sparsity": float("nan")}),
+        (ConfigError, r"`sparsity` \(=True\)", [data()], {"sparsity": True}),
+        (ConfigError, r"`masks` \(=list", [data()], {"masks": ["0.weight"], "sparsity": None}),
+        (ConfigError, "mask of `0.weight`", [data()], {"masks": {"0.weight": 3}, "sparsity": None}),
+        (
+            ConfigError,
+            "mask of `0.weight`",
+            [data()],
+            {"masks": {"0.weight": 3}, "sparsity": None, "pattern": SharedSupport(4)},
+        ),
+    ],
+)
+def test_arguments_are_refused_by_name_and_nothing_changes(error, match, calibration, options) -> None:
+    _unchanged(transform(net(), (data(),)), error, match, calibration, **{"sparsity": 0.5, **options})
+
+
+def test_a_late_failure_puts_solved_weights_back() -> None:
+    model, calls = transform(net(), (data(),)), []
+
+    def late(module: nn.Module, inputs: object) -> None:
+        calls.append(1)
+        if len(calls) > 4:
+            raise RuntimeError("late")
+
+    model.register_forward_pre_hook(late)
+    _unchanged(model, DataError, r"`calibration` \(=Tensor \(96, 12\), batch 1\).*late", [data()] * 2, sparsity=0.5)
+
+
+def test_no_model_and_options_of_other_types() -> None:
+    with pytest.raises(ConfigError, match=r"`model` \(='x'\)"):
+        compensate("x", [data()], sparsity=0.5)
+    for name, values in {
+        "damping": ("a", float("nan"), float("inf"), True, None),
+        "sequential": ("x", 1),
+        "permute": ("x", None),
+        "block": (2.5, True, "a"),
+        "rounds": (2.5, "a"),
+        "min_samples": (2.5, "a", True),
+        "solver": (3,),
+    }.items():
+        for value in values:
+            with pytest.raises(ConfigError, match=f"`{name}` \\(="):
+                Compensation(**{name: value})
+
+
 def test_convolutional_networks() -> None:
     torch.manual_seed(0)
     dense = nn.Sequential(

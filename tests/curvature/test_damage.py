@@ -376,6 +376,117 @@ def test_what_is_no_number_is_refused_by_name() -> None:
             call()
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *(("strength", {"strength": value}) for value in ("a", math.nan, math.inf, -1.0, True, None)),
+        *(("decay", {"decay": value}) for value in ("a", math.nan, 1.5, -0.5, True)),
+        ("online", {"online": "x"}),
+        ("alive_only", {"alive_only": 1}),
+    ],
+)
+def test_options_of_ewc_by_name(name: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"`{name}` \\(="):
+        EWC(**options)
+
+
+ONE = {"weight": torch.ones(1, 2)}
+
+
+@pytest.mark.parametrize(
+    ("match", "call"),
+    [
+        (r"`fisher` \(=NoneType\)", lambda e, m: e.consolidate("b", None, m)),
+        ("`fisher` has a float", lambda e, m: e.consolidate("b", {"weight": 1.0}, m)),
+        ("`fisher` of 'weight'.*real", lambda e, m: e.consolidate("b", {"weight": torch.ones(1, 2) + 0j}, m)),
+        (r"`task` \(=5\)", lambda e, m: e.consolidate(5, ONE, m)),
+        (r"`task` \(=''\)", lambda e, m: e.consolidate("", ONE, m)),
+        (r"`model` \(='x'\)", lambda e, m: e.consolidate("b", ONE, "x")),
+        (r"`free` \(='weight'\)", lambda e, m: e.consolidate("b", ONE, m, free="weight")),
+        (r"`free` \(=3\)", lambda e, m: e.consolidate("b", ONE, m, free=3)),
+        (r"`free` \(=list of 3\)", lambda e, m: e.consolidate("b", ONE, m, free=[3])),
+        (r"`weight` \(=\(1, 3\)\)", lambda e, m: e.consolidate("b", {"weight": torch.ones(1, 3)}, wider())),
+        (r"`model` \(='x'\)", lambda e, m: e.penalty("x")),
+        (r"`weight` \(=\(1, 3\)\)", lambda e, m: e.penalty(wider())),
+        ("`fisher` names `weight`", lambda e, m: e.penalty(nn.ReLU())),
+        (r"`task` \(=\['a'\]\)", lambda e, m: e.clear(["a"])),
+        (r"`state_dict` \(=version None\)", lambda e, m: e.load_state_dict(3)),
+    ],
+)
+def test_arguments_of_ewc_by_name(match: str, call: Any) -> None:
+    model = nn.Linear(2, 1, bias=False)
+    ewc = EWC(1.0, online=True)
+    ewc.consolidate("a", ONE, model)
+    before = model.weight.detach().clone()
+    with pytest.raises(ConfigError, match=match):
+        call(ewc, model)
+    assert ewc.tasks == ("a",) and torch.equal(ewc.state_dict()["anchors"]["a"]["point"]["weight"], before)
+    assert torch.equal(ewc.state_dict()["anchors"]["a"]["fisher"]["weight"], ONE["weight"])
+    assert torch.equal(model.weight, before)
+
+
+def wider() -> nn.Module:
+    return nn.Linear(3, 1, bias=False)
+
+
+def test_a_penalty_of_nothing_is_zero() -> None:
+    assert EWC().penalty(nn.ReLU()).item() == 0.0
+
+
+F1 = {"w": torch.ones(2, dtype=torch.float64)}
+NAN = {"w": torch.tensor([math.nan, 1.0])}
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "call"),
+    [
+        (ConfigError, r"`weights` \(='x'\)", lambda: fisher_weighted_merge([F1, F1], [F1, F1], ["x", 1])),
+        (ConfigError, r"`weights` \(='ab'\)", lambda: fisher_weighted_merge([F1, F1], [F1, F1], "ab")),
+        (ConfigError, r"`weights` \(=-1\)", lambda: fisher_weighted_merge([F1, F1], [F1, F1], [-1, 2])),
+        (ConfigError, r"`weights` \(=True\)", lambda: fisher_weighted_merge([F1, F1], [F1, F1], [True, 2])),
+        (ConfigError, "`models`.*must be a list", lambda: fisher_weighted_merge(F1, [F1])),
+        (ConfigError, r"`models` \(=None\)", lambda: fisher_weighted_merge([None], [F1])),
+        (ConfigError, "`models` has a int at 'w'", lambda: fisher_weighted_merge([{"w": 1}], [F1])),
+        (ConfigError, r"`fishers` \(=None\)", lambda: fisher_weighted_merge([F1], None)),
+        (ConfigError, r"`masks` \(=3\)", lambda: fisher_weighted_merge([F1], [F1], masks=3)),
+        (ConfigError, r"`masks` \(=list", lambda: fisher_weighted_merge([F1], [F1], masks=[[True]])),
+        (ConfigError, r"`rule` \(=3\)", lambda: fisher_weighted_merge([F1], [F1], rule=3)),
+        (ConfigError, r"`alpha` \(='a'\)", lambda: scale_by_fisher(F1, F1, "a")),
+        (ConfigError, r"`relative` \(='a'\)", lambda: scale_by_fisher(F1, F1, relative="a")),
+        (ConfigError, r"`absolute` \(=True\)", lambda: scale_by_fisher(F1, F1, absolute=True)),
+        (ConfigError, r"`gradients` \(=NoneType\)", lambda: scale_by_fisher(None, F1)),
+        (ConfigError, r"`step` \(='a'\)", lambda: fisher_damage(F1, F1, step="a")),
+        (ConfigError, r"`gradient` \(=list\)", lambda: fisher_damage(F1, F1, step=0.1, gradient=[1.0])),
+        (DataError, "`gradient` has 1 values at `w`", lambda: fisher_damage(F1, F1, step=0.1, gradient=NAN)),
+        (ConfigError, r"`kind` \(=3\)", lambda: damage_asymmetry(F1, F1, F1, F1, 3)),
+        (ConfigError, r"`a` \(=3\)", lambda: mask_overlap(3, F1)),
+        (ConfigError, r"`b` \(=", lambda: mask_overlap({"w": torch.ones(2, dtype=torch.bool)}, {"w": [True, True]})),
+        (ConfigError, r"`a` \(=list\)", lambda: compare_task_fisher([F1], F1)),
+        (ConfigError, "`b` has a int", lambda: compare_task_fisher(F1, {"w": 1})),
+        (ConfigError, r"`share` \(='a'\)", lambda: compare_task_fisher(F1, F1, "a")),
+        (ConfigError, r"`samples` \(='a'\)", lambda: fisher_uncertainty(F1, F1, "a", 1.0)),
+        (ConfigError, r"`samples` \(=nan\)", lambda: fisher_uncertainty(F1, F1, math.nan, 1.0)),
+        (ConfigError, r"`samples` \(=0\)", lambda: fisher_uncertainty(F1, F1, 0, 1.0)),
+        (ConfigError, r"`prior` \(='a'\)", lambda: fisher_uncertainty(F1, F1, 1, "a")),
+        (ConfigError, r"`prior` \(=inf\)", lambda: fisher_uncertainty(F1, F1, 1, math.inf)),
+        (ConfigError, r"`prior` \(=0\)", lambda: fisher_uncertainty(F1, F1, 1, 0)),
+        (ConfigError, r"`fisher` \(=NoneType\)", lambda: fisher_uncertainty(None, F1, 1, 1.0)),
+        (ConfigError, r"`fisher` \(=list\)", lambda: fisher_pruning_masks([F1], 0.5)),
+        (ConfigError, r"`fisher` \(=empty\)", lambda: fisher_pruning_masks({}, 0.5)),
+        (ConfigError, r"`sparsity` \(='a'\)", lambda: fisher_pruning_masks(F1, "a")),
+        (ConfigError, r"`axis` \(=0.5\)", lambda: fisher_pruning_masks(F1, 0.5, axis=0.5)),
+        (ConfigError, r"`axis` \(=True\)", lambda: fisher_pruning_masks(F1, 0.5, axis=True)),
+        (ConfigError, r"`axis` \(=2\)", lambda: fisher_pruning_masks(F1, 0.5, axis=2)),
+        (ConfigError, r"`fisher` \(=int\)", lambda: fisher_importance(3)),
+        (ConfigError, r"`k` \(=1.0\)", lambda: top_fisher_directions(F1, 1.0)),
+    ],
+)
+def test_what_reads_fishers_names_bad_arguments(error: type[Exception], match: str, call: Any) -> None:
+    with pytest.raises(error, match=match):
+        call()
+    assert torch.equal(F1["w"], torch.ones(2, dtype=torch.float64))
+
+
 def test_uncertainty_counts_every_parameter() -> None:
     found = fisher_uncertainty(w(1, 3), w(1, 2), 1, 1.0)
     assert found.variance == pytest.approx(1.5)

@@ -166,6 +166,51 @@ def test_bad_scores_have_typed_errors() -> None:
         obs_update(ONES, -inverse, 0)
 
 
+BAD = torch.tensor([1.0, float("nan")])
+ROWS = torch.ones(3, 2)
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "call"),
+    [
+        (ConfigError, r"`weight` \(=\[1.0\]\)|`weight` \(=list", lambda: obd_scores([1.0], ONES)),
+        (ConfigError, r"`fisher` \(=None\)", lambda: obd_scores(ONES, None)),
+        (DataError, "`weight` has 1 values", lambda: obd_scores(BAD, ONES)),
+        (ConfigError, r"`weight` \(=torch.complex64\)", lambda: obd_scores(ONES.to(torch.complex64), ONES)),
+        (ConfigError, r"`inverse` \(='x'\)", lambda: obs_scores(ONES, "x")),
+        (DataError, "`inverse` has 2 values", lambda: obs_update(ONES, torch.stack([BAD, BAD]), 0)),
+        (ConfigError, r"`gradients` \(=None\)", lambda: woodfisher_inverse(None, 1.0)),
+        (ConfigError, r"`gradients` \(=\(2,\)\)", lambda: woodfisher_inverse(ONES, 1.0)),
+        (ConfigError, r"`gradients` \(=\(0, 2\)\)", lambda: woodfisher_inverse(ROWS[:0], 1.0)),
+        (DataError, "`gradients` has 1 values", lambda: woodfisher_inverse(BAD[None], 1.0)),
+        (ConfigError, r"`damping` \(='a'\)", lambda: woodfisher_inverse(ROWS, "a")),
+        (ConfigError, r"`damping` \(=nan\)", lambda: woodfisher_inverse(ROWS, float("nan"))),
+        (ConfigError, r"`damping` \(=inf\)", lambda: woodfisher_inverse(ROWS, float("inf"))),
+        (ConfigError, r"`block` \(=2.5\)", lambda: woodfisher_inverse(ROWS, 1.0, 2.5)),
+        (ConfigError, r"`block` \(=True\)", lambda: woodfisher_inverse(ROWS, 1.0, True)),
+        (ConfigError, r"`gradients` \(=3\)", lambda: woodfisher_scores(ONES, 3, 1.0)),
+        (ConfigError, r"`gradients` \(=\(\)\)", lambda: taylor_scores(torch.ones(()), torch.ones(()))),
+        (DataError, "`gradients` has 1 values", lambda: taylor_scores(ONES, BAD[None])),
+        (ConfigError, r"`kind` \(=3\)", lambda: taylor_scores(ONES, ROWS, 3)),
+        (ConfigError, r"`gradients` \(=None\)", lambda: theis_scores(ROWS, None)),
+        (ConfigError, r"`axis` \(=5\)", lambda: theis_scores(ROWS, ROWS, 5)),
+        (ConfigError, r"`axis` \(='a'\)", lambda: theis_scores(ROWS, ROWS, "a")),
+        (ConfigError, r"`axis` \(=1\)", lambda: theis_scores(torch.ones(()), torch.ones(()))),
+        (ConfigError, r"`sums` \(=Tensor \(3, 2\)\)", lambda: channel_scores(ROWS)),
+        (ConfigError, r"`sums` \(=None\)", lambda: channel_scores([ROWS, None])),
+        (ConfigError, r"`sums` \(=\[\(0, 2\)\]\)", lambda: channel_scores([ROWS[:0]])),
+        (ConfigError, r"`cost` \(='a'\)", lambda: channel_scores([ROWS], "a")),
+        (ConfigError, r"`cost` \(=inf\)", lambda: channel_scores([ROWS], float("inf"))),
+        (ConfigError, r"`cost` \(=Tensor \(2,\)\)", lambda: channel_scores([ROWS], BAD)),
+        (ConfigError, r"`cost` \(=Tensor \(3, 1\)\)", lambda: channel_scores([ROWS], torch.ones(3, 1))),
+    ],
+)
+def test_scores_name_bad_arguments(error: type[Exception], match: str, call: Any) -> None:
+    with pytest.raises(error, match=match):
+        call()
+    assert bool((ONES == 1).all()) and bool((ROWS == 1).all())
+
+
 class Residual(nn.Module):
     """Channels of a and b are coupled by an addition, those of c and the depthwise d by position."""
 
@@ -276,6 +321,98 @@ def test_saliencies_are_their_formulas() -> None:
         NewtonGain(source).score(weight)
     with pytest.raises(ConfigError):
         NewtonGain(source, 0.0)
+
+
+@pytest.mark.parametrize("kind", [OBD, WoodFisher, NewtonGain, FisherDiagonal, GivenScores])
+@pytest.mark.parametrize("source", ["x", None, CurvatureSource])
+def test_saliencies_need_a_source(kind: Any, source: Any) -> None:
+    with pytest.raises(ConfigError, match=r"`source` \(=.*CurvatureSource"):
+        kind(source, {}) if kind is GivenScores else kind(source)
+
+
+@pytest.mark.parametrize(
+    ("match", "call"),
+    [
+        (r"`block` \(=2.5\)", lambda s: WoodFisher(s, block=2.5)),
+        (r"`block` \(=0\)", lambda s: WoodFisher(s, block=0)),
+        (r"`fisher_batch` \(=True\)", lambda s: WoodFisher(s, fisher_batch=True)),
+        *((r"`damping` \(=", lambda s, v=v: WoodFisher(s, v)) for v in ("a", 0, -1.0, float("nan"), float("inf"))),
+        *((r"`damping` \(=", lambda s, v=v: NewtonGain(s, v)) for v in ("a", 0, float("nan"), float("inf"))),
+        (r"`scores` \(=list\)", lambda s: GivenScores(s, [ONES])),
+        ("`scores` has a float at 'w'", lambda s: GivenScores(s, {"w": 1.0})),
+        (r"`label` \(=3\)", lambda s: GivenScores(s, {}, 3)),
+        (r"`weight` \(=3\)", lambda s: s.diagonal(3)),
+        (r"`weight` \(='0.weight'\)", lambda s: OBD(s).source.name_of("0.weight")),
+        (r"`block` \(=2.5\)", lambda s: s.inverse_diagonal(s.model.get_parameter("0.weight"), 1.0, 2.5)),
+        (r"`damping` \(=0\)", lambda s: s.inverse_diagonal(s.model.get_parameter("0.weight"), 0, 2)),
+        (r"`method` \(='RigL'\)", lambda s: with_saliencies("RigL", OBD(s))),
+        (r"`method` \(=<class", lambda s: with_saliencies(RigL, OBD(s))),
+        (r"`method` \(=None\)", lambda s: with_saliencies(None, OBD(s))),
+        (r"`drop` \(=<class", lambda s: with_saliencies(SET(), OBD)),
+        (r"`grow` \(='x'\)", lambda s: with_saliencies(SET(), grow="x")),
+        (r"`model` \(='x'\)", lambda s: CurvatureSource("x", "mse", [])),
+        (r"`loss` \(=3\)", lambda s: CurvatureSource(s.model, 3, [])),
+        (r"`data` \(=None\)", lambda s: CurvatureSource(s.model, "mse", None)),
+        *(
+            (rf"`{name}` \(=", lambda s, name=name, v=v: CurvatureSource(s.model, "mse", [], **{name: v}))
+            for name, values in {
+                "kind": (3, "x"),
+                "method": ("x", 3),
+                "samples": (0, 1.5, True, "a"),
+                "chunk": (0, 2.5, "a"),
+                "unit": ("x", None),
+                "seed": (1.5, "a", None),
+                "output": (3,),
+            }.items()
+            for v in values
+        ),
+    ],
+)
+def test_saliencies_and_sources_name_bad_arguments(match: str, call: Any) -> None:
+    model, x, y = sparse_mlp()
+    source = CurvatureSource(model, "cross_entropy", [(x, y)])
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+    with pytest.raises(ConfigError, match=match):
+        call(source)
+    assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
+    assert not source._kept
+
+
+@pytest.mark.parametrize(
+    ("match", "call"),
+    [
+        (r"`found` \(=None\)", lambda m, x, y, f: channel_element_scores(None, {})),
+        (r"`found` \(='x'\)", lambda m, x, y, f: channel_element_scores(["x"], {})),
+        (r"`shapes` \(=list", lambda m, x, y, f: channel_element_scores(f, [(6, 4, 3, 3)])),
+        (r"`shapes` of `c.weight` \(=3\)", lambda m, x, y, f: channel_element_scores(f, {"c.weight": 3})),
+        (r"`shapes` of `c.weight` \(=tuple", lambda m, x, y, f: channel_element_scores(f, {"c.weight": (6, 4.0)})),
+        (r"`shapes` of `c.weight` \(=5 at", lambda m, x, y, f: channel_element_scores(f, {"c.weight": (5, 4, 3, 3)})),
+        (r"`layouts` \(='x'\)", lambda m, x, y, f: channel_element_scores(f, {}, "x")),
+        (r"`layouts` \(=1\)", lambda m, x, y, f: channel_element_scores(f, {}, {"c.weight": 1})),
+        (r"`model` \(='x'\)", lambda m, x, y, f: channel_importance("x", "mse", [(x, y)], (x,))),
+        (r"`loss` \(=3\)", lambda m, x, y, f: channel_importance(m, 3, [(x, y)], (x,))),
+        (r"`data` \(=NoneType\)", lambda m, x, y, f: channel_importance(m, "cross_entropy", None, (x,))),
+        (r"`example_inputs` \(=Tensor\)", lambda m, x, y, f: channel_importance(m, "mse", [(x, y)], x)),
+        (r"`cost` \(=3\)", lambda m, x, y, f: channel_importance(m, "mse", [(x, y)], (x,), 3)),
+        (r"`chunk` \(=0\)", lambda m, x, y, f: channel_importance(m, "cross_entropy", [(x, y)], (x,), chunk=0)),
+    ],
+)
+def test_channel_importance_names_bad_arguments(match: str, call: Any) -> None:
+    model, x, y = residual()
+    found = channel_importance(model, "cross_entropy", [(x, y)], (x,), None)
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+    with pytest.raises(ConfigError, match=match):
+        call(model, x, y, found)
+    assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
+
+
+def test_shapes_may_be_tuples() -> None:
+    model, x, y = residual()
+    found = channel_importance(model, "cross_entropy", [(x, y)], (x,), None)
+    own = {name: each.shape for name, each in model.named_parameters()}
+    plain = channel_element_scores(found, {name: tuple(each) for name, each in own.items()})
+    for name, scores in channel_element_scores(found, own).items():
+        assert torch.equal(scores, plain[name])
 
 
 def test_curvature_is_kept_until_a_weight_or_mask_changes() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -218,6 +219,76 @@ def test_draws_repeat_and_leave_the_global_generator_alone() -> None:
     assert (
         Percolation(0.5, 0.1, Pick.SAMPLE, seed=5).curve(model, table, loss, (0.2, 0.5), 3).measured != first.measured
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("budget", value) for value in ("a", math.nan, math.inf, 0, -1.0, True, None)),
+        *(("threshold", value) for value in ("a", math.nan, math.inf, -1.0, True)),
+        *(("temperature", value) for value in ("a", math.nan, 0.0)),
+        *(("seed", value) for value in (1.5, "a", None, True)),
+        *((name, "x") for name in ("pick", "energy", "direction", "mean_fisher", "antithetic", "relative")),
+        ("relative", 1),
+        ("pick", [1]),
+    ],
+)
+def test_options_by_name(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"`{name}` \\(="):
+        Percolation(**{"budget": 1.0, "threshold": 1.0, name: value})
+
+
+OK = Percolation(1.0, 1.0)
+INDEX = {"weight": torch.arange(4)[None]}
+
+
+@pytest.mark.parametrize(
+    ("match", "call"),
+    [
+        *((r"`concentrations` \(=", lambda m, t, v=v: OK.curve(m, t, None, v)) for v in ("abc", 0.5, None, ["a"], ())),
+        *((r"`concentration` \(=", lambda m, t, v=v: OK.curve(m, t, None, v)) for v in ((0.5, math.nan), (1.0, 2.0))),
+        *((r"`concentration` \(=", lambda m, t, v=v: OK.shock(m, t, v)) for v in ("a", math.nan, None, True, -0.5)),
+        *((r"`concentration` \(=", lambda m, t, v=v: OK.predicted(t, v)) for v in ("a", 0, 2)),
+        *((r"`repeats` \(=", lambda m, t, v=v: OK.curve(m, t, None, (1.0,), v)) for v in ("a", 1.5, 0, True)),
+        *((r"`repeats` \(=", lambda m, t, v=v: OK.single_groups(m, t, lambda: 0.0, v)) for v in ("a", 0)),
+        *((r"`repeat` \(=", lambda m, t, v=v: OK.shock(m, t, 1.0, repeat=v)) for v in ("a", -1, 0.5)),
+        *((r"`loss` \(=", lambda m, t, v=v: OK.shock(m, t, 1.0, v)) for v in ("a", 1.0)),
+        (r"`loss` \(=None", lambda m, t: OK.single_groups(m, t, None)),
+        (r"`loss` \(=str", lambda m, t: OK.shock(m, t, 1.0, lambda: "a")),
+        (r"`model` \(='x'", lambda m, t: OK.shock("x", t, 1.0)),
+        (r"`table` \(=\{", lambda m, t: OK.shock(m, {}, 1.0)),
+        (r"`table` \(=None", lambda m, t: OK.predicted(None, 1.0)),
+        (r"`gradient` \(=list", lambda m, t: OK.shock(m, t, 1.0, gradient=[1.0])),
+        ("`gradient` has a float at 'weight'", lambda m, t: OK.curve(m, t, gradient={"weight": 1.0})),
+        (r"`fisher` \(=list", lambda m, t: GroupTable.of([FISHER])),
+        (r"`fisher` \(=NoneType", lambda m, t: GroupTable.by_ids(None, INDEX)),
+        (r"`model` \(='x'", lambda m, t: GroupTable.of({"w": FISHER}, "x")),
+        *((r"`axis` \(=", lambda m, t, v=v: GroupTable.of({"w": FISHER}, axis=v)) for v in ("a", 0.5, True, -2)),
+        (r"`ids` \(=NoneType", lambda m, t: GroupTable.by_ids({"weight": FISHER[None]}, None)),
+        ("`ids` of `w`.*float32", lambda m, t: GroupTable.by_ids({"w": FISHER}, {"w": torch.arange(4.0)})),
+        ("`ids` of `w`.*-1", lambda m, t: GroupTable.by_ids({"w": FISHER}, {"w": torch.arange(-2, 2)})),
+        (r"`alive` \(=\(3,\)", lambda m, t: GroupTable(INDEX, FISHER, torch.ones(3, dtype=torch.int64))),
+        (r"`fisher` \(='x'", lambda m, t: GroupTable(INDEX, "x", torch.ones(4, dtype=torch.int64))),
+    ],
+)
+def test_arguments_by_name_and_nothing_moves(match: str, call: Any) -> None:
+    model, table = four()
+    before, state = model.weight.detach().clone(), torch.get_rng_state()
+    with pytest.raises(ConfigError, match=match):
+        call(model, table)
+    assert torch.equal(model.weight, before) and torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_bad_grid_is_refused_before_a_loss_is_asked_for() -> None:
+    model, table = four()
+    with pytest.raises(ConfigError, match=r"`concentration` \(=2.0\)"):
+        OK.curve(model, table, lambda: pytest.fail("asked"), (0.5, 2.0))
+
+
+def test_tables_of_masked_weights_have_their_shape() -> None:
+    sparse = fxsparse.transform(nn.Linear(4, 3), (torch.ones(1, 4),), sparsity=0.5)
+    with pytest.raises(ConfigError, match=r"`weight` \(=\(1, 4\)\) must be like its mask"):
+        GroupTable.of({"weight": FISHER[None]}, sparse)
 
 
 def test_bad_options_have_typed_errors() -> None:
