@@ -14,7 +14,7 @@ from fxsparse.curvature.collector_moments import Moments
 
 K = TypeVar("K", bound=Hashable)
 
-_ALONE = 1 << 12  # numbers from which an entry is work enough by itself
+_ALONE = 1 << 14  # numbers from which an entry is work enough by itself
 _BLOCK = 1 << 16  # most numbers of a block, which stay in a cache
 
 
