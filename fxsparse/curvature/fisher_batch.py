@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -165,8 +165,8 @@ def read_batch(batch: Any, device: torch.device, mask_name: str = "attention_mas
             )
         inputs, targets = batch[0], batch[1] if len(batch) == 2 else None
     args, kwargs = _call(inputs)
-    (args, kwargs), leaves = _moved((args, kwargs), device)
-    targets, _ = _moved(targets, device)
+    (args, kwargs), leaves = moved((args, kwargs), lambda tensor: tensor.to(device))
+    targets, _ = moved(targets, lambda tensor: tensor.to(device))
     lengths = [leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
     if isinstance(targets, Tensor) and targets.ndim and targets.shape[0] in lengths:
         lengths = [targets.shape[0]]
@@ -175,13 +175,12 @@ def read_batch(batch: Any, device: torch.device, mask_name: str = "attention_mas
     return FisherBatch(args, kwargs, targets, kwargs.get(mask_name), lengths[0], shift)
 
 
-def _moved(tree: Any, device: torch.device) -> tuple[Any, list[Any]]:
-    """A structure whose tensors are on a device, and its leaves."""
+def moved(tree: Any, move: Callable[[Tensor], Tensor]) -> tuple[Any, list[Any]]:
+    """A structure whose tensors were moved, and its leaves; itself where none is another one then."""
     leaves, form = pytree.tree_flatten(tree)
-    if all(not isinstance(leaf, Tensor) or leaf.device == device for leaf in leaves):
-        return tree, leaves
-    leaves = [leaf.to(device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    return pytree.tree_unflatten(leaves, form), leaves
+    there = [move(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    same = all(one is other for one, other in zip(there, leaves, strict=True))
+    return tree if same else pytree.tree_unflatten(there, form), there
 
 
 def _call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -239,8 +239,13 @@ def _rest_of_largest(x: Tensor, p: Tensor | None = None) -> Tensor:
 def _check_labels(y: Tensor, classes: int, ignored: int) -> None:
     if torch._C._functorch.peek_interpreter_stack() is not None:  # values cannot be read under a transform
         return
-    outside = (y < 0) | (y >= classes)
-    if bool(outside.any()) and bool((wrong := outside & (y != ignored)).any()):
+    if not y.numel():
+        return
+    low, high = y.aminmax()
+    if int(low) >= 0 and int(high) < classes:
+        return
+    wrong = ((y < 0) | (y >= classes)) & (y != ignored)
+    if bool(wrong.any()):
         raise DataError(f"label {int(y[wrong][0])} is no class of {classes}: labels run from 0, or are {ignored}")
 
 

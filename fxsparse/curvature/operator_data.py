@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fxsparse.curvature.fisher_batch import FisherBatch
+from fxsparse.curvature.fisher_batch import FisherBatch, moved
 from fxsparse.errors import ConfigError, DataError
 from fxsparse.graph.inputs import split_inputs, tensors_of
 
@@ -132,10 +132,9 @@ class Data:
             inputs, targets = given[0], given[1] if len(given) > 1 else None
         else:
             inputs, targets = given, None
-        inputs, targets = pytree.tree_map(
-            lambda leaf: self._moved(leaf) if isinstance(leaf, Tensor) else leaf, (_call(inputs), targets)
-        )
-        lengths = [tensor.shape[0] for tensor in tensors_of(inputs) if tensor.ndim]
+        inputs, leaves = moved(_call(inputs), self._moved)
+        targets, _ = moved(targets, self._moved)
+        lengths = [leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
         if not lengths:
             raise ConfigError(f"a batch's inputs (={type(given).__name__}) hold no tensor with samples along axis 0")
         if isinstance(targets, Tensor) and targets.ndim and targets.shape[0] in lengths:

@@ -32,8 +32,8 @@ def curvature_scope(model: nn.Module) -> Iterator[None]:
     """
     _load_forward_rules()
     fast = torch.backends.mha.get_fastpath_enabled()
-    devices = {parameter.device.type for parameter in model.parameters()} | {"cpu"}
     modules = [module for _, module in modules_of(model)]
+    devices = {each.device.type for module in modules for each in module._parameters.values() if each is not None}
     with contextlib.ExitStack() as stack:
         stack.enter_context(kept_attributes(model, modules))
         stack.enter_context(warnings.catch_warnings())
@@ -45,7 +45,7 @@ def curvature_scope(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         if "torch._dynamo" in sys.modules:  # else nothing is compiled
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for device in sorted(devices):
+        for device in sorted(devices | {"cpu"}):
             stack.enter_context(torch.autocast(device, enabled=False))
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
         torch.backends.mha.set_fastpath_enabled(False)
