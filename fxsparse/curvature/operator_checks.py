@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from numbers import Integral
 from typing import Any
@@ -111,7 +112,7 @@ def _frequencies(path: str, module: nn.Module) -> str:
 
 
 def check_repeats(product: Callable[[Tensor], tuple[Tensor, int]], space: ParameterSpace, seed: int) -> None:
-    """Raise DataError where two products with one vector, or their units M, differ.
+    """Raise DataError where two products with one vector, or their units M, differ, or are not finite.
 
     The second runs from another state of the global generators, so that data or a model that draw from them differ; the
     caller's state is as before afterwards. Samples in another order differ by rounding, which the tolerance allows.
@@ -122,13 +123,18 @@ def check_repeats(product: Callable[[Tensor], tuple[Tensor, int]], space: Parame
     with seeded((torch.initial_seed() + _OTHER) % 2**32):
         second, again = product(v)
     scale = float(first.abs().max())
+    if not math.isfinite(scale):
+        raise DataError(
+            "a product with the curvature has values that are NaN or infinite: look for NaN or huge values in the data, "
+            "the weights and the model's outputs, or give check=False"
+        )
     worst = float((first - second).abs().max())
     tolerance = 1e-9 if space.dtype is torch.float64 else max(1e-3, 8 * torch.finfo(space.dtype).eps)
     if m != again or not worst <= tolerance * max(scale, torch.finfo(space.dtype).tiny):
         raise DataError(
             f"two products with one vector differ by {worst:.3g} of {scale:.3g} (M = {m}, {again}): the data "
-            "change between passes (shuffling, augmentation), the model draws random numbers, or values are not "
-            "finite; mend that, or give check=False"
+            "change between passes (shuffling, augmentation), or the model draws random numbers; mend that, or give "
+            "check=False"
         )
 
 

@@ -110,7 +110,7 @@ class Engine(ModelFunction):
 
         found = self._tried(batch, lambda: self._columns(one, several, tangents), plain)
         apart, size = self._asymmetry(batch)
-        if apart <= max(slack(self.narrowest), 64 * torch.finfo(self.narrowest).eps) * size:
+        if not apart > max(slack(self.narrowest), 64 * torch.finfo(self.narrowest).eps) * size:
             return found
         if self._way:
             raise CaptureError(

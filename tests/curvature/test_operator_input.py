@@ -526,3 +526,12 @@ def test_double_models_that_count_in_single_precision_in_places(kind: str) -> No
     torch.testing.assert_close(op.mv(v), expected.mv(v), rtol=1e-4, atol=1e-5)
     if kind != "hessian":
         torch.testing.assert_close(op.diag(), expected.diag(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["ggn", "empirical", "hessian"])
+def test_data_that_are_no_numbers_are_told_before_data_that_change(kind: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
+    x[2, 1] = float("nan")
+    with pytest.raises(DataError, match="NaN or infinite.*look for NaN or huge values in the data"):
+        CurvatureOperator(model, None, "cross_entropy", [(x, y)], kind)
