@@ -125,8 +125,8 @@ def check_repeats(product: Callable[[Tensor], tuple[Tensor, int]], space: Parame
     scale = float(first.abs().max())
     if not math.isfinite(scale):
         raise DataError(
-            "a product with the curvature has values that are NaN or infinite: look for NaN or huge values in the data, "
-            "the weights and the model's outputs, or give check=False"
+            "a product with the curvature has values that are NaN or infinite: look for NaN or huge values in the "
+            "data, the weights and the model's outputs, or give check=False"
         )
     worst = float((first - second).abs().max())
     tolerance = 1e-9 if space.dtype is torch.float64 else max(1e-3, 8 * torch.finfo(space.dtype).eps)

@@ -199,7 +199,12 @@ class Engine(ModelFunction):
         """Find the coarsest numbers of a forward pass, once: norms of double models may count in single."""
         if not self._measured:
             self._measured = True
-            with contextlib.suppress(Exception), seeded(0), torch.no_grad(), Narrowest(self.narrowest) as seen:
+            with (
+                contextlib.suppress(RuntimeError, ValueError, TypeError, IndexError),
+                seeded(0),
+                torch.no_grad(),
+                Narrowest(self.narrowest) as seen,
+            ):
                 self.forward(self.point, batch.inputs)  # what it cannot run is told by the run that was asked for
                 self.narrowest = seen.dtype
 
