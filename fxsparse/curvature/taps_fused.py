@@ -84,7 +84,8 @@ def slice_squares(g: Tensor, axis: int, wide: torch.dtype) -> Tensor:
     return norms.square().sum(0)
 
 
-def _bias_squares(sums: Tensor | None, statistic: Tensor | None) -> Tensor | None:
+def squares_of_sums(sums: Tensor | None, statistic: Tensor | None) -> Tensor | None:
+    """The squares of the gradients [N, ...] of single samples, added up; None without a statistic."""
     return None if sums is None or statistic is None else sums.to(statistic.dtype).square().sum(0)
 
 
@@ -122,7 +123,7 @@ class _FusedLinear(torch.autograd.Function):
             total = d.flatten(0, 1).T @ x.to(delta.dtype).reshape(-1, x.shape[-1])
         sums = d.sum(1) if needs[2] or needs[4] else None
         bias = sums.sum(0) if needs[2] and sums is not None else None
-        return into, total, bias, squares, _bias_squares(sums, of_bias if needs[4] else None), None, None
+        return into, total, bias, squares, squares_of_sums(sums, of_bias if needs[4] else None), None, None
 
 
 class _FusedConv(torch.autograd.Function):
@@ -182,7 +183,7 @@ class _FusedConv(torch.autograd.Function):
             squares, total = fused_conv_product(x, delta, shape, spec, mask, needs[1], of_weight.dtype)
         sums = delta.flatten(2).sum(2) if needs[2] or needs[4] else None
         bias = sums.sum(0) if needs[2] and sums is not None else None
-        return into, total, bias, squares, _bias_squares(sums, of_bias if needs[4] else None), None, None
+        return into, total, bias, squares, squares_of_sums(sums, of_bias if needs[4] else None), None, None
 
 
 def fused_conv_product(

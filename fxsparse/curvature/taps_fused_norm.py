@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxsparse.curvature.taps_behind import tap_behind
 from fxsparse.curvature.taps_call import is_watched
-from fxsparse.curvature.taps_fused import Statistics, check_not_exporting
+from fxsparse.curvature.taps_fused import Statistics, check_not_exporting, squares_of_sums
 
 
 class _FusedLayerNorm(torch.autograd.Function):
@@ -55,8 +55,8 @@ class _FusedLayerNorm(torch.autograd.Function):
             into,
             _total(weights, shape, needs[1]),
             _total(biases, shape, needs[2]),
-            _squares(weights, of_weight, needs[3]),
-            _squares(biases, of_bias, needs[4]),
+            squares_of_sums(weights, of_weight if needs[3] else None),
+            squares_of_sums(biases, of_bias if needs[4] else None),
             None,
             None,
         )
@@ -64,12 +64,6 @@ class _FusedLayerNorm(torch.autograd.Function):
 
 def _total(sums: Tensor | None, shape: tuple[int, ...], wanted: bool) -> Tensor | None:
     return sums.sum(0).view(shape) if wanted and sums is not None else None
-
-
-def _squares(sums: Tensor | None, statistic: Tensor | None, wanted: bool) -> Tensor | None:
-    if not wanted or sums is None or statistic is None:
-        return None
-    return sums.to(statistic.dtype).square().sum(0)
 
 
 def fused_layer_norm(

@@ -11,6 +11,7 @@ from fisher_cases import Fn, ForeignProduct
 from torch import Tensor, nn
 
 from fxsparse.curvature import CurvatureOperator, FisherCollector
+from fxsparse.curvature.taps_statistic import instrument_fisher
 
 SCALE = 2.0**-10
 
@@ -45,6 +46,32 @@ def loss(z: Tensor, y: Tensor) -> Tensor:
     return nn.functional.mse_loss(z.float(), y.float(), reduction="sum") * SCALE
 
 
+def squares(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """Means over samples of the model's own gradients, squared in double precision."""
+    found = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in model.named_parameters()}
+    for n in range(len(x)):
+        gradients = torch.autograd.grad(loss(model(x[n : n + 1]), y[n : n + 1]), list(model.parameters()))
+        for total, g in zip(found.values(), gradients, strict=True):
+            total += g.double().square() / len(x)
+    return found
+
+
+@pytest.mark.parametrize("case", ["linear", "positions", "convolutions", "norms"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_taps_in_graphs_square_in_single_precision(case: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    make, shape = CASES[case]
+    model = make().to(dtype)
+    x, y = torch.randn(16, *shape).to(dtype), torch.randn(16, 3).to(dtype)
+    tapped = instrument_fisher(model, (x,))
+    loss(tapped.module(x), y).backward()
+    found, expected = tapped.fisher(16, mean=False), squares(model, x, y)
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert value.dtype is torch.float32
+        assert float(value.sum()) == pytest.approx(float(expected[name].sum()), rel=0.03), name
+
+
 @pytest.mark.parametrize("groups", ["auto", "element"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -53,11 +80,7 @@ def test_small_gradients_do_not_vanish(case: str, groups: str, dtype: torch.dtyp
     make, shape = CASES[case]
     model = make().to(dtype)
     x, y = torch.randn(16, *shape).to(dtype), torch.randn(16, 3).to(dtype)
-    expected = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in model.named_parameters()}
-    for n in range(16):
-        gradients = torch.autograd.grad(loss(model(x[n : n + 1]), y[n : n + 1]), list(model.parameters()))
-        for total, g in zip(expected.values(), gradients, strict=True):
-            total += g.double().square() / 16
+    expected = squares(model, x, y)
     collector = FisherCollector(model, loss, groups=groups)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what has no taps
