@@ -17,7 +17,10 @@ SCALE = 2.0**-10
 
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), (6,)),
-    "positions": (lambda: Fn(lambda s, x: s.b(s.a(x).tanh()).mean(1), a=nn.Linear(6, 8), b=nn.Linear(8, 3)), (5, 6)),
+    "positions": (
+        lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5), nn.Flatten(), nn.Linear(25, 3)),
+        (5, 6),
+    ),
     "convolutions": (
         lambda: nn.Sequential(
             *(nn.Conv1d(2, 6, 3, padding=1), nn.Tanh(), nn.Conv1d(6, 6, 3, groups=2), nn.Tanh(), nn.Conv1d(6, 3, 1)),
