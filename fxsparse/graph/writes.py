@@ -11,7 +11,8 @@ from torch.overrides import TorchFunctionMode
 
 from fxsparse.graph.tree import parameters_of
 
-_WRITERS = frozenset({"__setitem__", "embedding", "_no_grad_embedding_renorm_", "__set__"})
+_WRITERS = frozenset({"__setitem__", "embedding", "_no_grad_embedding_renorm_"})
+_WRITES_NOTHING = frozenset({"requires_grad_", "detach_", "share_memory_", "__invert__", "__index__", "__int__"})
 
 
 class ParameterWrites:
@@ -23,9 +24,7 @@ class ParameterWrites:
 
     def notice(self, func: Callable[..., Any], args: tuple[Any, ...]) -> None:
         """Save what `func` may write into; call it before `func` runs."""
-        name = getattr(func, "__name__", "")
-        writes = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or name in _WRITERS
-        for tensor in _tensors(args) if writes else ():
+        for tensor in _tensors(args) if _writes(func) else ():
             found = self.storages.get(storage_of(tensor))
             if found is not None and found[0] not in self.saved:
                 self.saved[found[0]] = (found[1], found[1].detach().clone())
@@ -51,8 +50,18 @@ class NoticingWrites(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        self.writes.notice(func, args)
+        self.writes.notice(func, (*args, *(kwargs or {}).values()))
         return func(*args, **(kwargs or {}))
+
+
+def _writes(func: Callable[..., Any]) -> bool:
+    """Whether a function may write values; what is told by its name."""
+    name = getattr(func, "__name__", "")
+    if name == "__set__":  # of a property, most of which are no values
+        return getattr(getattr(func, "__self__", None), "__name__", "data") in ("data", "real", "imag")
+    if name in _WRITES_NOTHING:
+        return False
+    return (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or name in _WRITERS
 
 
 def _tensors(args: tuple[Any, ...]) -> Iterator[torch.Tensor]:
