@@ -133,7 +133,7 @@ print(bench.peak(sys.argv[1]))
 
 
 def peak(what: str) -> str:
-    """Peak resident memory in MiB of two steps, with or without a collection, and the numbers of values."""
+    """Peak resident memory in MiB of two training steps, with or without a collection, and the numbers of values."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = Transformer(768, 12, 12, 20_000)
@@ -144,13 +144,14 @@ def peak(what: str) -> str:
         collector.update((x, y))
         stored = sum(value.numel() for value in collector.get().values())
     module = instrument_fisher(model, (x,)).module if what == "taps" else model
+    optimizer, collector = torch.optim.SGD(model.parameters(), 1e-3), FisherCollector(model)
     for _ in range(0 if what == "collect" else 2):
         module.zero_grad(set_to_none=True)
         F.cross_entropy(module(x), y).backward()
+        optimizer.step()
         if what == "both":
-            what = "step"
             module.zero_grad(set_to_none=True)
-            FisherCollector(model).update((x, y))
+            collector.update((x, y))
     total = sum(parameter.numel() for parameter in model.parameters())
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} {total} {stored}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -34,7 +35,8 @@ def collecting_scope(model: nn.Module) -> Iterator[None]:
         stack.enter_context(differentiable_recurrence(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         for device in sorted(places | {"cpu"}):
             stack.enter_context(torch.autocast(device, enabled=False))
         stack.enter_context(kept_attributes(model, modules))

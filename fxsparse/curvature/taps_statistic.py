@@ -295,7 +295,9 @@ def _examined(
             reason = f"no gradients of two example samples reach `{site.what}`, which would tell where samples lie"
         if reason is not None:
             refused = {**dict.fromkeys(names_of(site), reason), **refused}
-    return Seen(refused, **noted, calls=calls), taps.readings
+    seen = Seen(refused, **noted, calls=calls)
+    noted.clear()  # the class above, which refers to itself, would keep the activations
+    return seen, taps.readings
 
 
 @contextlib.contextmanager
