@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from operator import is_
 from typing import Any
 
@@ -71,7 +71,7 @@ class KeptParameters:
         first, completed = self._written is None, False
         writes = ParameterWrites(self.model) if first else None
         try:
-            with contextlib.nullcontext() if writes is None else _Noticing(writes):
+            with contextlib.nullcontext() if writes is None else NoticingWrites(writes):
                 yield
             completed = True
         finally:
@@ -90,19 +90,6 @@ class KeptParameters:
                 stacklevel=6,
             )
         self._written = known | names
-
-
-class _Noticing(NoticingWrites):
-    """Large tables of embeddings are copied only where they are rescaled."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if getattr(func, "__name__", "") not in ("embedding", "embedding_bag"):
-            return super().__torch_function__(func, types, args, kwargs)
-        if (kwargs or {}).get("max_norm") is not None:
-            self.writes.notice(torch.embedding_renorm_, args)
-        return func(*args, **(kwargs or {}))
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -228,7 +228,7 @@ class _Recorder(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        self.writes.notice(func, args)
+        self.writes.notice(func, args, kwargs)
         result = func(*args, **kwargs)
         self._observe(func, args, kwargs, result)
         return result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from fxsparse.graph.tree import parameters_of
 
-_WRITERS = frozenset({"__setitem__", "embedding", "_no_grad_embedding_renorm_"})
+_WRITERS = frozenset({"__setitem__", "_no_grad_embedding_renorm_"})
 _WRITES_NOTHING = frozenset({"requires_grad_", "detach_", "share_memory_", "__invert__", "__index__", "__int__"})
 
 
@@ -22,9 +22,9 @@ class ParameterWrites:
         self.storages = {storage_of(p): (name, p) for name, p in parameters_of(model) if not p.is_meta}
         self.saved: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def notice(self, func: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    def notice(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Save what `func` may write into; call it before `func` runs."""
-        for tensor in _tensors(args) if _writes(func) else ():
+        for tensor in _tensors((*args, *kwargs.values())) if _writes(func, kwargs) else ():
             found = self.storages.get(storage_of(tensor))
             if found is not None and found[0] not in self.saved:
                 self.saved[found[0]] = (found[1], found[1].detach().clone())
@@ -50,13 +50,15 @@ class NoticingWrites(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        self.writes.notice(func, (*args, *(kwargs or {}).values()))
+        self.writes.notice(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
 
 
-def _writes(func: Callable[..., Any]) -> bool:
-    """Whether a function may write values; what is told by its name."""
+def _writes(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a function may write values, by its name; tables are rescaled where `max_norm` asks for it."""
     name = getattr(func, "__name__", "")
+    if name in ("embedding", "embedding_bag"):
+        return kwargs.get("max_norm") is not None
     if name == "__set__":  # of a property, most of which are no values
         return getattr(getattr(func, "__self__", None), "__name__", "data") in ("data", "real", "imag")
     if name in _WRITES_NOTHING:

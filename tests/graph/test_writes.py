@@ -23,6 +23,9 @@ NONE: dict[str, Callable[[Tensor], object]] = {
     "reads": lambda p: (p + 1).sum(),
     "a leaf and its gradient": _gradient,
     "numbers": lambda p: [range(9)[p[0].long()], int(p[1]), ~p.bool()],
+    "looked up": lambda p: (
+        F.embedding(torch.tensor([1]), p[:, None]) + F.embedding_bag(torch.tensor([[1]]), p[:, None])
+    ),
     "detached": lambda p: p.detach().detach_(),
 }
 WRITES: dict[str, Callable[[Tensor], object]] = {
@@ -32,6 +35,8 @@ WRITES: dict[str, Callable[[Tensor], object]] = {
     "data": lambda p: p.data.copy_(torch.ones(3)),
     "view": lambda p: p.detach()[1:].zero_(),
     "function": lambda p: F.relu_(p.detach().neg_()),
+    "rescaled": lambda p: F.embedding(torch.tensor([1, 2]), p.detach()[:, None], max_norm=0.5),
+    "rescaled bags": lambda p: F.embedding_bag(torch.tensor([[1, 2]]), p.detach()[:, None], max_norm=0.5),
     "random": lambda p: nn.init.normal_(p),
 }
 
